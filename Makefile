@@ -1,0 +1,37 @@
+# make lab      JupyterLab on notebook 00 (ARGS="--no-browser --port 8890" pass through)
+# make test     every test and every notebook cell
+# make refresh  re-execute the notebooks in place (NB=notebooks/01_tokenizer.ipynb for one)
+# make bench    the benchmarks; make setup: only the environment; make clean: throw it away
+
+PYTHON ?= python3
+VENV := .venv/bin
+ARGS ?=
+NB ?=
+
+.PHONY: setup lab test refresh bench lint clean
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+# Loopback and a token are Jupyter's defaults; nothing here turns either off. Jupyter refuses root unless told that it
+# is meant, which it is in a container.
+ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
+
+lab: setup
+	$(VENV)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(ROOT_FLAG) \
+	  --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
+
+test: setup
+	$(VENV)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=300 $(ARGS)
+
+refresh: setup
+	$(VENV)/python scripts/refresh.py $(NB)
+
+bench: setup
+	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/python $$script || exit 1; done
+
+lint: setup
+	$(VENV)/ruff check .
+
+clean:
+	rm -rf .venv data/built data/*.bin data/*.idx data/*.meta.json test-artefacts

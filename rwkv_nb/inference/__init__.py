@@ -1,0 +1,1 @@
+"""From logits to text (notebooks 08 and 09)."""

@@ -1,0 +1,117 @@
+"""From logits to one token: top-p, top-k, temperature, a draw.
+
+Order and meaning are those of the `rwkv` package (top_p first, then top_k, then temperature), and the probabilities
+agree with it wherever it is right. Where it is not: top_p = 1 keeps everything (there, a cumulative sum that rounds to
+below 1 makes it greedy), a very small temperature does not divide zero by zero (powers are taken as logarithms),
+and tokens of equal probability at the cut are taken in the order of their ids, not all of them.
+
+Symbols: V vocabulary size, p probabilities. Everything is computed on the CPU in float64. What it is not: the
+penalties for repetition, which need the history of a text: see `generation.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingArgs:
+    """How to choose the next token; the fields and defaults of the package's PIPELINE_ARGS.
+
+    temperature: 0 always takes the likeliest token; below 1 sharpens, above 1 flattens.
+    top_p: keep the likeliest tokens that together reach this probability. top_k: keep at most so many; 0: no limit.
+    alpha_presence, alpha_frequency: subtracted from the logit of a token that was generated, once and for each
+        occurrence. alpha_decay: what the occurrences are multiplied by at each step.
+    token_ban: ids that are never drawn. token_stop: ids that end the text. chunk_len: prompt tokens read at a time.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.85
+    top_k: int = 0
+    alpha_frequency: float = 0.2
+    alpha_presence: float = 0.2
+    alpha_decay: float = 0.996
+    token_ban: tuple[int, ...] = ()
+    token_stop: tuple[int, ...] = ()
+    chunk_len: int = 256
+
+    def __post_init__(self) -> None:
+        _check_filter("SamplingArgs", self.temperature, self.top_p, self.top_k)
+        for name in ("alpha_frequency", "alpha_presence"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"SamplingArgs: {name} = {getattr(self, name)} must be a finite number")
+        if not 0 <= self.alpha_decay <= 1:
+            raise ValueError(f"SamplingArgs: alpha_decay = {self.alpha_decay} must be from 0 to 1")
+        for name in ("token_ban", "token_stop"):
+            ids = tuple(getattr(self, name))
+            if not all(isinstance(i, int) and i >= 0 for i in ids):
+                raise ValueError(f"SamplingArgs: {name} = {ids!r} must hold token ids, whole numbers from 0 up")
+            object.__setattr__(self, name, ids)
+        if not isinstance(self.chunk_len, int) or self.chunk_len < 1:
+            raise ValueError(f"SamplingArgs: chunk_len = {self.chunk_len!r} must be a whole number of at least 1")
+
+
+def _check_filter(where: str, temperature: float, top_p: float, top_k: int) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"{where}: temperature = {temperature} must be a finite number of at least 0")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"{where}: top_p = {top_p} must be from 0 to 1; 1 keeps every token")
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"{where}: top_k = {top_k!r} must be a whole number; 0 means no limit")
+
+
+def filter_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 0.85, top_k: int = 0) -> Tensor:
+    """The probabilities a token is drawn with: (V,) logits -> (V,) float64, sum 1, zeros for what was cut.
+
+    A logit of -inf is a token that is never drawn.
+
+    Raises:
+        ValueError: logits not (V,), NaN or +inf among them, or nothing left; a setting outside its range.
+    """
+    _check_filter("filter_probs", temperature, top_p, top_k)
+    if logits.dim() != 1 or logits.numel() == 0:
+        raise ValueError(f"filter_probs: logits must be one row (V,), got shape {tuple(logits.shape)}")
+    log_p = torch.log_softmax(logits.detach().to("cpu", torch.float64), dim=-1)
+    if log_p.isnan().any():
+        raise ValueError("filter_probs: the logits hold NaN or +inf, or every token is banned (all are -inf)")
+    p = log_p.exp()
+    # Tokens below (1 - top_p) / V sum to less than 1 - top_p: the rest holds all that top_p can keep, and less to sort.
+    candidates = torch.nonzero(p > 0.5 * (1 - top_p) / len(p)).squeeze(1)
+    order = candidates[torch.sort(p[candidates], descending=True, stable=True).indices]  # equal: lower id first
+    keep = len(order)
+    if temperature == 0:
+        keep = 1
+    elif top_p < 1:
+        keep = min(keep, int((p[order].cumsum(0) < top_p).sum()) + 1)
+    if top_k > 0:
+        keep = min(keep, top_k)
+    kept = order[:keep]
+    sharpened = (log_p[kept] - log_p[kept[0]]) / (temperature or 1.0)  # the first is the largest: 0
+    return torch.zeros_like(p).index_copy_(0, kept, torch.softmax(sharpened, dim=0))
+
+
+def sample_logits(logits: Tensor, args: SamplingArgs, generator: torch.Generator | None = None) -> int:
+    """Draw one token id from logits (V,), without those in args.token_ban. The logits are not changed.
+
+    Args:
+        generator: a torch.Generator on the CPU; None uses torch's global one.
+
+    Raises:
+        ValueError: as `filter_probs`; or a banned id outside the vocabulary.
+    """
+    if args.token_ban:
+        if max(args.token_ban) >= logits.shape[-1]:
+            raise ValueError(
+                f"sample_logits: token_ban holds {max(args.token_ban)}, the vocabulary ends at {logits.shape[-1] - 1}"
+            )
+        logits = logits.clone()
+        logits[list(args.token_ban)] = -math.inf
+    probs = filter_probs(logits, args.temperature, args.top_p, args.top_k)
+    return int(torch.multinomial(probs, 1, generator=generator))

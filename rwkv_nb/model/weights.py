@@ -1,0 +1,63 @@
+"""Files of weights: read them safely, compare them with what a model needs.
+
+What it is not: saving while training, or resuming (`rwkv_nb.training.checkpoint`). A file is what `torch.save` makes
+of a dictionary name -> tensor, as official `.pth` files are; nothing else in it is accepted and no code in it is run.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .initialization import parameter_shapes
+
+# What torch.load raises for files that are cut, foreign, or hold more than tensors.
+_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError)
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read a `.pth` file on the CPU without running any code in it; prefixes of DeepSpeed are removed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or holds something else than named tensors.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except _LOAD_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not readable as a file of weights ({reason}); download or save it again") from error
+    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+        raise ValueError(f"{path}: holds no dictionary of named tensors; give the .pth of the weights alone")
+    return {key.removeprefix("_forward_module."): x for key, x in weights.items()}
+
+
+def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes with what the configuration needs.
+
+    Raises:
+        ValueError: names the missing keys, the foreign keys or the first wrong shape.
+    """
+    shapes = parameter_shapes(config)
+    problems = []
+    for label, keys in (
+        ("missing", [k for k in shapes if k not in weights]),
+        ("unknown", [k for k in weights if k not in shapes]),
+    ):
+        if keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            problems.append(f"{label} keys: {', '.join(keys[:4])}{more}")
+    wrong = [k for k in shapes if k in weights and tuple(weights[k].shape) != shapes[k]]
+    if wrong:
+        k = wrong[0]
+        sizes = f"n_layer = {config.n_layer}, n_embd = {config.n_embd}, vocab_size = {config.vocab_size}"
+        problems.append(f"{k} has shape {tuple(weights[k].shape)}, expected {shapes[k]} for {sizes}")
+    if problems:
+        raise ValueError("the weights do not fit the model; " + "; ".join(problems))

@@ -1,0 +1,1 @@
+"""From a dataset and initial weights to a trained checkpoint (notebooks 07 and 10)."""

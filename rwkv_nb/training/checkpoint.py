@@ -1,0 +1,168 @@
+"""Weights to files and back: the official .pth format, and which file of a project folder is the newest.
+
+It is: a flat dictionary of official names and tensors in one dtype, written whole or not at all, read without running
+anything that a file may contain. It is not: the state of the optimizer.
+
+Names in a project folder: rwkv-init.pth (epoch -1), rwkv-N.pth (after mini-epoch N), rwkv-final.pth (the end of a run,
+never resumed from); everything else is left alone.
+Source: RWKV-LM `RWKV-v5/train.py` and `src/trainer.py`, which this repairs (atomic writing, foreign names, bad files).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rwkv_nb.training.config import TrainConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
+INIT_EPOCH = -1
+_PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")  # of DeepSpeed, torch.compile, DDP, Lightning
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and the remedy."""
+
+
+def save_checkpoint(
+    model: torch.nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike, dtype: str = "bf16"
+) -> Path:
+    """Write the weights to `path` as the official trainer does, all in one dtype: "bf16", "fp16" or "fp32".
+
+    The file appears under its name only when it is complete and on the disk: a full disk or a killed process leaves the
+    earlier file as it was. Raises ValueError for another dtype, and OSError as the system gives it.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
+    weights = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    flat = {strip_prefix(name): _stored(tensor, DTYPES[dtype]) for name, tensor in weights.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(flat, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Name -> tensor on the CPU, as stored; prefixes that training frameworks add are taken off.
+
+    Raises FileNotFoundError; CheckpointError for a file that is damaged, holds code, or is no dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pth file, or build one with stage 1")
+    file = open(path, "rb")  # noqa: SIM115  outside of the try below: a file that may not be opened is not damaged
+    try:
+        with file:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, because it is damaged or contains more than tensors, possibly code that would run on "
+            f"loading; download or save it again, from a source that you trust ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(
+            f"{path}: damaged or cut short ({path.stat().st_size} bytes); use an earlier checkpoint or download it "
+            f"again ({_first_line(error)})"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not names with tensors; it is no model")
+    foreign = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if foreign or not loaded:
+        what = f"{foreign[0]!r} is no tensor" if foreign else "it is empty"
+        raise CheckpointError(f"{path}: {what}; save the model's state_dict alone, not a trainer's checkpoint")
+    return {strip_prefix(str(name)): tensor for name, tensor in loaded.items()}
+
+
+def strip_prefix(name: str) -> str:
+    """The official name of a parameter: without what wrappers put in front."""
+    while True:
+        for prefix in _PREFIXES:
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                break
+        else:
+            return name
+
+
+def list_checkpoints(proj_dir: str | os.PathLike) -> list[tuple[int, Path]]:
+    """(epoch, path) of every rwkv-init.pth (epoch -1) and rwkv-N.pth in the folder, oldest first."""
+    folder = Path(proj_dir)
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(r"rwkv-(init|\d+)\.pth", path.name)
+        if match and path.is_file():
+            found.append((INIT_EPOCH if match[1] == "init" else int(match[1]), path))
+    return sorted(found)
+
+
+def newest_checkpoint(proj_dir: str | os.PathLike) -> tuple[int, Path]:
+    """(epoch, path) of the checkpoint to resume from. Raises FileNotFoundError that says how to make the first one."""
+    found = list_checkpoints(proj_dir)
+    if not found:
+        raise FileNotFoundError(
+            f"{proj_dir}: no rwkv-init.pth or rwkv-N.pth to start from; build initial weights with my_pile_stage=1, or "
+            "put a model there under the name rwkv-init.pth"
+        )
+    return found[-1]
+
+
+def init_checkpoint(cfg: TrainConfig) -> Path:
+    """Build official initial weights and write proj_dir/rwkv-init.pth, in the dtype of `cfg.precision` (stage 1).
+
+    `cfg.vocab_size` must be known; `cfg.random_seed`, if not negative, makes the weights repeatable.
+    """
+    if cfg.vocab_size <= 0:
+        raise ValueError("vocab_size=0: the size of the vocabulary must be known to build weights; 65536 for World")
+    from rwkv_nb.model.initialization import init_weights
+
+    seed = cfg.random_seed if cfg.random_seed >= 0 else None
+    weights = init_weights(cfg.model_config(), seed=seed, recipe=cfg.recipe, lr_init=cfg.lr_init)
+    return save_checkpoint(weights, Path(cfg.proj_dir) / "rwkv-init.pth", cfg.precision)
+
+
+def starting_checkpoint(cfg: TrainConfig) -> tuple[int, Path, dict[str, torch.Tensor]]:
+    """(epoch, path, weights) that a run of `cfg` begins with; epoch N means that mini-epoch N is done, -1 that none is.
+
+    `cfg.load_model` if given ("0" counts as not given, as in the official script); else in stages 2 to 4 the newest
+    readable checkpoint of proj_dir, where a damaged one is named in a warning and passed over; else new, initial ones.
+    """
+    if cfg.load_model not in ("", "0"):
+        return cfg.epoch_begin - 1, Path(cfg.load_model), load_checkpoint(cfg.load_model)
+    if cfg.my_pile_stage < 2:
+        path = init_checkpoint(cfg)
+        return INIT_EPOCH, path, load_checkpoint(path)
+    newest_checkpoint(cfg.proj_dir)  # raises if there is none
+    for epoch, path in reversed(list_checkpoints(cfg.proj_dir)):
+        try:
+            return epoch, path, load_checkpoint(path)
+        except CheckpointError as error:
+            warnings.warn(f"passed over: {error}", stacklevel=2)
+    raise CheckpointError(f"{cfg.proj_dir}: every checkpoint is damaged; put a good one there as rwkv-init.pth")
+
+
+def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor as the file holds it; a view is copied, because torch.save writes all the memory behind a tensor."""
+    tensor = tensor.detach().to("cpu", dtype).contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__

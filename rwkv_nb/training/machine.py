@@ -1,0 +1,81 @@
+"""What this machine is good at, and how to make the most of it.
+
+It is: the number format of matrix products, and an allocator that keeps what it has. It is not: a benchmark; nothing is
+timed here, and nothing is changed unless a function is called.
+
+Sources: the processor's own list of capabilities as torch reads it; mallopt(3) of the GNU C library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+import sys
+
+import torch
+
+# PRECISION flag -> (Lightning's name, dtype of matrix products under autocast); the weights are float32 in each
+PRECISION = {
+    "fp32": ("32-true", None),
+    "tf32": ("32-true", None),
+    "fp16": ("16-mixed", torch.float16),
+    "bf16": ("bf16-mixed", torch.bfloat16),
+}
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of <malloc.h>
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+
+
+def fast_bf16(device: str | None = None) -> bool:
+    """Whether matrix products in bfloat16 are quicker than in float32 on "cpu" or "cuda" (None: cuda if there is one).
+
+    On a processor without such instructions (before 2020, most laptops) bfloat16 is emulated and slower than float32.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to keep large blocks instead of giving them back to Linux; returns whether it could be told.
+
+    A training step frees and takes the same tensors again and again. By default each block above a few megabytes is
+    returned to the system and comes back as fresh pages, which the system must clear: that can cost as much as the
+    arithmetic. The price: the process keeps the most memory that it ever needed. Holds for the process, until it ends.
+    """
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+    wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
+    return all([mallopt(name, value) == 1 for name, value in wanted.items()])
+
+
+def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager:
+    """The context in which a forward pass multiplies matrices as the flag `precision` says."""
+    dtype = PRECISION[precision][1]
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=dtype, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def tf32_products(allowed: bool):
+    """Within: whether a GPU may round the factors of float32 products to 10 bits. Else: nothing changes."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,124 @@
+"""TrainConfig: the article's flags and defaults, what follows from them, and errors that help."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from rwkv_nb.training.config import TrainConfig, working_batch_sizes
+
+# flag: default, as in the argument list of the article's train.py
+OFFICIAL = {
+    "load_model": "", "wandb": "", "proj_dir": "out", "random_seed": -1, "data_file": "", "data_type": "utf-8",
+    "vocab_size": 0, "ctx_len": 1024, "epoch_steps": 1000, "epoch_count": 500, "epoch_begin": 0, "epoch_save": 5,
+    "micro_bsz": 12, "n_layer": 6, "n_embd": 512, "dim_att": 0, "dim_ffn": 0, "pre_ffn": 0, "head_qk": 0,
+    "tiny_att_dim": 0, "tiny_att_layer": -999, "lr_init": 6e-4, "lr_final": 1e-5, "warmup_steps": -1, "beta1": 0.9,
+    "beta2": 0.99, "adam_eps": 1e-8, "grad_cp": 0, "dropout": 0, "weight_decay": 0, "weight_decay_final": -1,
+    "my_pile_version": 1, "my_pile_stage": 0, "my_pile_shift": -1, "my_pile_edecay": 0, "layerwise_lr": 1,
+    "ds_bucket_mb": 200, "my_sample_len": 0, "my_ffn_shift": 1, "my_att_shift": 1, "head_size_a": 64,
+    "head_size_divisor": 8, "my_pos_emb": 0, "load_partial": 0, "magic_prime": 0, "my_qa_mask": 0,
+    "my_random_steps": 0, "my_testing": "", "my_exit": 99999999, "my_exit_tokens": 0, "accelerator": "gpu",
+    "strategy": "auto", "devices": 1, "num_nodes": 1, "precision": "fp16", "accumulate_grad_batches": 1,
+}  # fmt: skip
+MINIPILE = {"my_pile_stage": 3, "magic_prime": 2926181, "data_type": "binidx", "ctx_len": 512, "micro_bsz": 16}
+
+
+def test_fields_are_the_official_flags_with_their_defaults():
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    assert set(fields) == set(OFFICIAL) | {"recipe"}
+    assert {name: f.default for name, f in fields.items() if name != "recipe"} == OFFICIAL
+    assert fields["recipe"].default == "head"
+    for name, f in fields.items():
+        assert f.metadata["help"] and "\n" not in f.metadata["help"], name
+        assert type(f.default).__name__ == f.type, name
+
+
+def test_defaults_are_a_valid_run():
+    cfg = TrainConfig()
+    assert cfg.problems() == []
+    assert (cfg.dim_att, cfg.dim_ffn, cfg.epoch_steps, cfg.epoch_count) == (512, 1792, 1000, 500)
+    assert cfg.betas == (0.9, 0.99)
+    assert any("my_exit_tokens" in note for note in cfg.notes())
+
+
+def test_minipile_bookkeeping():
+    cfg = TrainConfig(**MINIPILE, epoch_count=999999, n_embd=768)
+    assert (cfg.real_bsz, cfg.epoch_steps, cfg.epoch_count, cfg.my_pile_shift) == (16, 2520, 72, 0)
+    assert (cfg.dim_att, cfg.dim_ffn) == (768, 2688)
+    assert (cfg.tokens_per_step, cfg.samples_per_epoch) == (8192, 40320)
+    twice = cfg.replace(my_qa_mask=2, num_nodes=2, devices=3, micro_bsz=4)
+    assert (twice.epoch_count, twice.real_bsz, twice.epoch_steps) == (145, 24, 1680)
+
+
+def test_replace_works_derived_values_out_again():
+    cfg = TrainConfig(n_embd=128).replace(n_embd=256)
+    assert (cfg.dim_att, cfg.dim_ffn) == (256, 896)
+    assert TrainConfig(n_embd=128, dim_att=64).replace(n_embd=256).dim_att == 64
+    with pytest.raises(ValueError, match="n_embed"):
+        cfg.replace(n_embed=3)
+
+
+def test_accumulation_counts_in_tokens_and_steps():
+    cfg = TrainConfig(ctx_len=10, micro_bsz=2, epoch_steps=12, accumulate_grad_batches=3)
+    assert (cfg.tokens_per_step, cfg.steps_per_epoch) == (60, 4)
+
+
+def test_small_data_trains_one_epoch_and_says_so():
+    cfg = TrainConfig(**{**MINIPILE, "magic_prime": 389})
+    assert cfg.epoch_count == 1 and cfg.problems() == []
+    assert any("389" in note and "103.7 times" in note for note in cfg.notes())
+
+
+def test_batch_sizes_that_do_not_divide_a_mini_epoch():
+    assert working_batch_sizes(11) == (10, 12)
+    assert working_batch_sizes(16) == (16, 16)
+    assert working_batch_sizes(50000) == (40320, 40320)
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**{**MINIPILE, "micro_bsz": 11}, precision="bf8")
+    message = str(error.value)
+    assert "micro_bsz=11" in message and "10 and 12" in message
+    assert "precision='bf8'" in message, "one error lists all mistakes"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"precision": "half"}, ("precision='half'", "bf16")),
+        ({"data_type": "parquet"}, ("data_type='parquet'", "binidx")),
+        ({"recipe": "new"}, ("recipe='new'", "seed")),
+        ({"my_pile_stage": 7}, ("my_pile_stage=7",)),
+        ({"n_embd": 100}, ("n_embd=100", "96")),
+        ({"n_embd": 96}, ("head_size_a=64", "dim_att=64")),
+        ({"dim_ffn": 33}, ("dim_ffn=33", "32")),
+        ({"ctx_len": 0}, ("ctx_len=0", "at least 1")),
+        ({"lr_init": -1.0}, ("lr_init=-1.0",)),
+        ({"beta2": 1.0}, ("beta2=1.0",)),
+        ({"adam_eps": 0.0}, ("adam_eps=0.0", "1e-8")),
+        ({"accumulate_grad_batches": 7}, ("accumulate_grad_batches=7", "1000")),
+        ({"my_pile_stage": 3, "data_type": "binidx"}, ("magic_prime=0", "my_pile_stage=0")),
+        ({**MINIPILE, "magic_prime": 2926183}, ("magic_prime=2926183", "leaves 2")),
+        ({"my_exit_tokens": 1000, "warmup_steps": 5}, ("warmup_steps=5", "61440", "my_exit_tokens=1000")),
+        ({"my_pile_edecay": 500}, ("my_pile_edecay=500", "500 mini-epochs")),
+        ({"proj_dir": ""}, ("proj_dir",)),
+        ({"data_type": "uint16"}, ("my_sample_len=0",)),
+        ({"my_testing": "x060"}, ("my_testing='x060'", "5.2")),
+    ],
+)
+def test_errors_name_flag_value_and_remedy(flags, words):
+    cfg = TrainConfig(**flags)
+    with pytest.raises(ValueError) as error:
+        cfg.validate()
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert len(cfg.problems()) <= 2
+
+
+@pytest.mark.parametrize("flags", [{"n_layer": 2.0}, {"lr_init": "1e-3"}, {"grad_cp": True}, {"proj_dir": 3}])
+def test_wrong_types_are_refused_at_once(flags):
+    with pytest.raises(ValueError, match=f"{next(iter(flags))}=.*expected"):
+        TrainConfig(**flags)
+
+
+def test_configuration_and_schedule_do_without_torch():
+    code = "import sys, rwkv_nb.training.config, rwkv_nb.training.schedule; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
