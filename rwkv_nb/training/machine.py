@@ -1,7 +1,7 @@
 """What this machine is good at, and how to make the most of it.
 
-It is: the number format of matrix products, and an allocator that keeps what it has. It is not: a benchmark; nothing is
-timed here, and nothing is changed unless a function is called.
+It is: the number format of matrix products, the number of threads, and an allocator that keeps what it has. It is not:
+a benchmark; nothing is timed or changed unless a function is called.
 
 Sources: the processor's own list of capabilities as torch reads it; mallopt(3) of the GNU C library.
 """
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import platform
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -42,6 +43,24 @@ def fast_bf16(device: str | None = None) -> bool:
         return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check is not None)
+
+
+def choose_threads(speed: Callable[[], float]) -> float:
+    """Set torch's number of threads to all of them or to one, whichever makes `speed()` larger; returns that speed.
+
+    Many small operations are shared out among threads that wait for each other while spinning. If another program
+    keeps one core busy, each operation waits for the thread that shares its core, and two threads can be ten times
+    slower than one. On an idle machine all threads win. Holds for the process.
+    """
+    several = torch.get_num_threads()
+    if several == 1:
+        return speed()
+    together = speed()
+    torch.set_num_threads(1)
+    alone = speed()
+    if together >= alone:
+        torch.set_num_threads(several)
+    return max(together, alone)
 
 
 def keep_freed_memory() -> bool:
