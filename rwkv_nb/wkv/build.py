@@ -25,7 +25,9 @@ from pathlib import Path
 
 import torch
 
-CXX_REMEDY = "install a C++ compiler (Debian: `apt install g++`, macOS: `xcode-select --install`, conda: `cxx-compiler`)"
+CXX_REMEDY = (
+    "install a C++ compiler (Debian: `apt install g++`, macOS: `xcode-select --install`, conda: `cxx-compiler`)"
+)
 NVCC_REMEDY = "install the CUDA toolkit, or add its bin folder to PATH"
 # What torch finds this processor capable of -> the level of the x86-64 instruction set that we may use.
 X86_LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64-v2"}
@@ -106,7 +108,9 @@ def build(name: str, sources: tuple[str, ...], flags: tuple[str, ...], compiler:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(suffix=".so", prefix=f"{name}-", dir=target.parent)
     except OSError as error:
-        raise BuildError(f"{name}: cannot write to the cache folder ({error}); make it writable or set XDG_CACHE_HOME") from error
+        raise BuildError(
+            f"{name}: cannot write to the cache folder ({error}); make it writable or set XDG_CACHE_HOME"
+        ) from error
     os.close(handle)
     command = [compiler, *flags, *(str(folder / s) for s in sources), "-o", temporary]
     try:

@@ -1,7 +1,8 @@
 """The WKV-5 operator as its equation: one loop over time, derivatives by autograd.
 
-This is the definition that everything faster is measured against. It is slow in training (autograd keeps every
-intermediate state) and quick enough for one step of generation, where T = 1.
+`wkv5_reference` is the definition that everything faster is measured against. It is slow in training (autograd keeps
+every intermediate state) and quick enough for one step of generation, where T = 1. Below it, the same loop as a backend
+of `operator.py`.
 
 One head has a state S, a matrix of N keys by N values. With key channel j and value channel i:
 
@@ -39,3 +40,48 @@ def wkv5_reference(
         S = d * S + kv
     y = torch.stack(ys, dim=1) if T > 0 else r.clone()  # (B, T, H, N)
     return y.to(out_dtype), S
+
+
+def why_not() -> None:
+    """Always available."""
+
+
+def supports(N: int) -> None:
+    """Any head size."""
+
+
+def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
+    """Nothing is kept: the loop runs again for the derivatives."""
+    return (0,)
+
+
+def forward(r, k, v, w, u, state, saved=None) -> tuple[Tensor, Tensor]:
+    """y and the last state."""
+    with torch.no_grad():
+        return wkv5_reference(r, k, v, w, u, state)
+
+
+def backward(r, k, v, w, u, state, saved, gy, glast) -> tuple[Tensor, ...]:
+    """Gradients of all six inputs, by the chain rule from the last step to the first.
+
+    With Q_t the gradient of the state after step t: Q_t-1[j, i] = d[j] Q_t[j, i] + r_t[j] gy_t[i].
+    """
+    dtype = state.dtype
+    log_d = -torch.exp(w)
+    d, up = torch.exp(log_d).unsqueeze(-1), u.unsqueeze(-1)  # (H, N, 1)
+    rows = [[x[:, t].to(dtype) for x in (r, k, v, gy)] for t in range(r.shape[1])]  # each (B, H, N)
+    states = [state]
+    for _, k_t, v_t, _ in rows[:-1]:
+        states.append(d * states[-1] + k_t.unsqueeze(-1) * v_t.unsqueeze(-2))
+    gr, gk, gv = (torch.empty_like(x) for x in (r, k, v))
+    gd, gu, Q = torch.zeros_like(w), torch.zeros_like(u), glast
+    for t in reversed(range(len(rows))):
+        (r_t, k_t, v_t, gy_t), S = rows[t], states[t]
+        same = (v_t * gy_t).sum(-1, keepdim=True)  # (B, H, 1): of the step's own term r_t . u k_t
+        gr[:, t] = (S @ gy_t.unsqueeze(-1)).squeeze(-1) + u * k_t * same
+        gk[:, t] = (Q @ v_t.unsqueeze(-1)).squeeze(-1) + u * r_t * same
+        gv[:, t] = (Q + up * r_t.unsqueeze(-1) * gy_t.unsqueeze(-2)).mul(k_t.unsqueeze(-1)).sum(-2)
+        gu += (r_t * k_t * same).sum(0)
+        gd += (S * Q).sum((0, -1))
+        Q = d * Q + r_t.unsqueeze(-1) * gy_t.unsqueeze(-2)
+    return gr, gk, gv, gd * d.squeeze(-1) * log_d, gu, Q

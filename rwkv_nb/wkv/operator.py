@@ -1,0 +1,91 @@
+"""WKV-5 as an operator that PyTorch knows: autograd, torch.compile and export see one node, not a loop over time.
+
+`apply` runs a chosen way of computing, its backend: a module with
+
+    why_not() -> None if it can run here, else what is missing and the remedy
+    supports(N) -> None if it can do heads of size N, else why not
+    saved_shape(B, T, H, N) -> shape of the tensor that forward fills for backward; (0,) if nothing is kept
+    forward(r, k, v, w, u, state, saved) -> (y, last)
+    backward(r, k, v, w, u, state, saved, gy, glast) -> gradients of r, k, v, w, u, state
+
+What it is not: the place where a backend is chosen or input is checked (`__init__.py`), except for what only values
+tell: a decay that is no number.
+
+Source: PyTorch's guide to custom operators in Python (`torch.library`).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import chunked, reference
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+PLAIN = ("reference", "chunked")  # plain PyTorch: any device, any head size, float64 too
+
+
+def apply(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """y and the last state. Contiguous tensors that fit each other; w, u and state float32 (float64 if r is)."""
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (r, k, v, w, u, state))
+    y, last, _ = _forward(r, k, v, w, u, state, backend, keep)
+    return y, last
+
+
+def check_numbers(w: Tensor) -> None:
+    """Raise ValueError if w holds NaN. On a GPU nobody looks: the program would have to wait for the answer."""
+    if w.device.type == "cpu" and not torch.compiler.is_compiling() and bool(torch.isnan(w).any()):
+        raise ValueError(f"wkv5: w, of shape {tuple(w.shape)}, holds NaN; expected the raw time_decay, finite numbers")
+
+
+@torch.library.custom_op("rwkv_nb::wkv5", mutates_args=())
+def _forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_numbers(w)
+    saved = state.new_empty(_saved_shape(r, backend) if keep else (0,))
+    with torch.autocast(r.device.type, enabled=False):  # else matrix products would be rounded to half precision
+        y, last = BACKENDS[backend].forward(r, k, v, w, u, state, saved if keep else None)
+    return y, state.clone() if last is state else last, saved
+
+
+@_forward.register_fake
+def _(r, k, v, w, u, state, backend, keep):
+    return torch.empty_like(r), torch.empty_like(state), state.new_empty(_saved_shape(r, backend) if keep else (0,))
+
+
+@torch.library.custom_op("rwkv_nb::wkv5_backward", mutates_args=())
+def _backward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor, gy: Tensor, glast: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.autocast(r.device.type, enabled=False):  # wherever backward is called from
+        grads = BACKENDS[backend].backward(r, k, v, w, u, state, saved, gy.contiguous(), glast.contiguous())
+    return tuple(g.clone() if g is glast else g for g in grads)
+
+
+@_backward.register_fake
+def _(r, k, v, w, u, state, saved, gy, glast, backend):
+    return tuple(torch.empty_like(x) for x in (r, k, v, w, u, state))
+
+
+def _saved_shape(r: Tensor, backend: str) -> tuple[int, ...]:
+    return BACKENDS[backend].saved_shape(*r.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _derive(ctx, gy, glast, _):
+    r, *_, state, _ = ctx.saved_tensors
+    gy = torch.zeros_like(r) if gy is None else gy
+    glast = torch.zeros_like(state) if glast is None else glast
+    return *_backward(*ctx.saved_tensors, gy, glast, ctx.backend), None, None
+
+
+_forward.register_autograd(_derive, setup_context=_setup_context)
