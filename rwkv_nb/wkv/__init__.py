@@ -120,8 +120,8 @@ def _can(backend: str, r: Tensor) -> None:
         raise ValueError(f"wkv5: r is float64; backend {backend!r} computes in float32: use reference or chunked")
     if r.numel() > MAX_NUMBERS:
         raise ValueError(
-            f"wkv5: r of shape {tuple(r.shape)} has {r.numel():,} numbers; expected at most {MAX_NUMBERS:,} for backend "
-            f"{backend!r}: cut T in parts and hand the state on"
+            f"wkv5: r of shape {tuple(r.shape)} has {r.numel():,} numbers; expected at most {MAX_NUMBERS:,} for "
+            f"backend {backend!r}: cut T in parts and hand the state on"
         )
     if reason := BACKENDS[backend].supports(r.shape[-1]):
         raise ValueError(f"wkv5: r of shape {tuple(r.shape)}: {reason}; use chunked")

@@ -106,7 +106,7 @@ def _decay_share(exponents: Tensor, x: Tensor, g: Tensor) -> Tensor:
 
 
 def parts(T: int, chunk: int = CHUNK) -> list[tuple[int, int, int]]:
-    """Cut T steps in (start, end, chunk length): whole chunks first, the rest in chunks of half the length, a quarter..."""
+    """Cut T steps in (start, end, chunk length): whole chunks, then halves, quarters, ..."""
     found, done = [], 0
     while done < T:
         while chunk > T - done:
@@ -125,7 +125,7 @@ def supports(N: int) -> None:
 
 
 def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
-    """What `forward` keeps for `backward`: the state at the start of each part. Those of the chunks are computed again."""
+    """What `forward` keeps for `backward`: the state at the start of each part."""
     return (len(parts(T)), B, H, N, N)
 
 

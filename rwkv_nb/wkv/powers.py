@@ -1,7 +1,7 @@
 """The powers of the decay inside a chunk of L steps, and which pairs of steps they join (for `chunked.py`).
 
-P(n) = d^n for each head and key channel. A pair s < t needs P(t-1-s) as a factor for r_t times a factor for k_s, both of
-a size that float32 holds. The pairs are therefore taken in groups, each around a step m of its own:
+P(n) = d^n for each head and key channel. A pair s < t needs P(t-1-s) as a factor for r_t times a factor for k_s, both
+of a size that float32 holds. The pairs are therefore taken in groups, each around a step m of its own:
 P(t-1-s) = P(t-m) P(m-1-s). `chunked.py` says how m is chosen.
 
 What it is not: anything about r, k or v, but for the views of them that a group needs.
