@@ -1,11 +1,12 @@
 """The tokenizer beside us: batches of texts go to processes of their own, ids come back in the same order.
 
-    with Encoders(tokenizer, 2) as encoders:
+    with Encoders(tokenizer, 1) as encoders:
         for job, encoded in encoders.map((number, texts) for ...):
 
-Reading, parsing and checking then go on while another process tokenises. A process is a plain `python -c`, fed through
-its stdin: unlike multiprocessing it never imports the caller's script again (which would need the guard
-`if __name__ == "__main__":`), and it ends by itself when its parent does, even by SIGKILL, since its stdin ends.
+Reading, parsing and checking then go on while another process tokenises: the Rust tokenizer holds Python's lock, so
+that a thread would not help. A process is a plain `python -c`, fed through its stdin: unlike multiprocessing it never
+imports the caller's script again (which would need the guard `if __name__ == "__main__":`), and it ends by itself when
+its parent does, even by SIGKILL, since its stdin ends.
 
 What it is not: a general pool. Source: none; pickle over pipes, between a process and its own child only.
 """
@@ -24,9 +25,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 AHEAD = 16  # batches under way for each process
-PIPE = 1 << 20  # bytes a pipe holds, where that can be set (Linux): batches wait there, nobody waits for the other
-PROGRAM = "from rwkv_nb.data.encoders import serve; serve()"
+PIPE = 1 << 20  # bytes a pipe shall hold: answers wait there while we do something else
+PROGRAM = ("import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+           "from rwkv_nb.data.encoders import serve; serve()")
 
 Encoded = tuple[array, array]
 
@@ -42,25 +49,19 @@ def encode(tokenizer: object, texts: list[str]) -> Encoded:
 
 
 class Encoders:
-    """`count` processes that tokenise; 0: none, everything happens here.
+    """`count` processes that tokenise, from `with` on; 0: none, everything happens here.
 
-    In one process the Rust tokenizer uses all cores, in each of several one thread. Raises ValueError for a tokenizer
-    that cannot be pickled.
+    Each holds its own tokenizer, 260 MB for the World vocabulary in Rust; if there are several, each encodes with one
+    thread. Raises ValueError for a tokenizer that cannot be pickled.
     """
 
     def __init__(self, tokenizer: object, count: int):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._count = tokenizer, count
         self._processes: list[_Process] = []
-        if count == 0:
-            return
         try:
-            packed = pickle.dumps(tokenizer)
+            self._packed = pickle.dumps(tokenizer) if count else b""
         except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ValueError(f"the tokenizer cannot be sent to another process ({error}); use workers=1") from error
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        if count > 1:
-            environment["RAYON_NUM_THREADS"] = "1"
-        self._processes = [_Process(packed, environment) for _ in range(count)]
+            raise ValueError(f"the tokenizer cannot be sent to processes ({error}); use workers=1") from error
 
     def map(self, jobs: Iterable[tuple[object, list[str]]]) -> Iterator[tuple[object, Encoded]]:
         """For each (job, texts) in turn (job, encoded). Raises what the tokenizer raised, ChildProcessError if a
@@ -81,21 +82,33 @@ class Encoders:
             yield job, process.receive()
 
     def __enter__(self) -> Encoders:
+        try:
+            for _ in range(self._count):
+                self._processes.append(_Process(self._packed, single=self._count > 1))
+        except OSError:  # no memory for the second: end the first
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.close()
+        self._processes = []
 
 
 class _Process:
     """One child. A thread feeds it, so that it can write its answers while we still write the next question."""
 
-    def __init__(self, packed: bytes, environment: dict[str, str]):
+    def __init__(self, packed: bytes, single: bool):
+        environment = {**os.environ, "RAYON_NUM_THREADS": "1"} if single else None  # Rayon: Rust's threads
         self._child = subprocess.Popen([sys.executable, "-P", "-c", PROGRAM], env=environment,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=PIPE)
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for pipe in (self._child.stdin, self._child.stdout):
+            with suppress(AttributeError, OSError):  # not everywhere, not for everybody: then answers wait a little
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
         self._questions: queue.SimpleQueue = queue.SimpleQueue()
-        self._questions.put(packed)
+        self._questions.put(pickle.dumps([entry or os.getcwd() for entry in sys.path]))
+        self._questions.put(pickle.dumps(packed))  # twice, so that trouble with it leaves the stream in order
         self._feeder = threading.Thread(target=self._feed, daemon=True)
         self._feeder.start()
 
@@ -113,8 +126,8 @@ class _Process:
             answer = pickle.load(self._child.stdout)
         except (EOFError, pickle.UnpicklingError):
             code = self._child.wait()
-            raise ChildProcessError(f"a tokenizing process died (exit code {code}: killed, or out of memory?); "
-                                    "free some memory, or use fewer workers") from None
+            raise ChildProcessError(f"a worker process died (exit code {code}: killed, or out of memory?); "
+                                    "free some memory, or use fewer workers if there are several") from None
         if isinstance(answer, BaseException):
             raise answer
         ids, sizes = answer
@@ -132,19 +145,43 @@ class _Process:
 
 
 def serve() -> None:
-    """The child: a pickled tokenizer on stdin, then lists of texts; for each, ids and sizes as bytes on stdout."""
+    """The child: stdin has a pickled tokenizer (as bytes), then lists of texts; stdout gets ids and sizes for each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends us
-    answers = os.fdopen(os.dup(1), "wb")
+    answers = os.dup(1)
     os.dup2(2, 1)  # what anybody prints goes to stderr, not between the answers
-    tokenizer = pickle.load(sys.stdin.buffer)
+    packed, tokenizer, trouble = pickle.load(sys.stdin.buffer), None, None
+    try:
+        tokenizer = pickle.loads(packed)
+    except Exception as error:  # noqa: BLE001  its class may be anybody's
+        trouble = ValueError(f"the tokenizer arrived in a worker process, but cannot be used there ({error}); put its "
+                             "class into a module of its own, or use workers=1")
     while True:
         try:
             texts = pickle.load(sys.stdin.buffer)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the parent is gone, perhaps in the middle of a message
             return
         try:
-            answer = tuple(part.tobytes() for part in encode(tokenizer, texts))
+            answer = trouble or tuple(part.tobytes() for part in encode(tokenizer, texts))
         except Exception as error:  # noqa: BLE001  whatever it is, the parent raises it
             answer = error
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        try:
+            _write(answers, _packed(answer))
+        except BrokenPipeError:  # the parent is gone
+            return
+
+
+def _packed(answer: object) -> bytes:
+    """The answer for the pipe. An exception that would not survive the journey becomes one that does."""
+    try:
+        data = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+        if isinstance(answer, Exception):
+            pickle.loads(data)
+        return data
+    except Exception:  # noqa: BLE001  what exceptions do when they are pickled is up to their authors
+        return pickle.dumps(RuntimeError(f"{type(answer).__name__} in a worker process: {answer}"))
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view):]

@@ -205,12 +205,11 @@ class Converter:
                                  f"the tokenizer {self.tokenizer!r} makes a mistake: please report the line")
 
 
-def convert(path: str, tokenizer: object, encoders: Encoders) -> Iterator[Converted]:
-    """Tokens of a file, batch by batch in the order of the file, however many processes tokenise.
+def convert(converter: Converter, encoders: Encoders) -> Iterator[Converted]:
+    """Tokens of the converter's file, batch by batch in the order of the file, however many processes tokenise.
 
     Raises JsonlError (see Converter), OSError, ChildProcessError if a process died, and what the tokenizer raises.
     """
-    converter = Converter(path, tokenizer)
-    parsed = map(converter.parse, read_batches(path))
+    parsed = map(converter.parse, read_batches(converter.path))
     for batch, encoded in encoders.map((batch, batch.texts) for batch in parsed):
         yield converter.finish(batch, *encoded)

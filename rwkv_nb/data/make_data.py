@@ -6,8 +6,8 @@ Two passes. First every document is tokenised once, in the order of the file, in
 each epoch the document numbers are shuffled and the tokens copied in that order. Only 24 bytes a document and 12 an
 item are in memory (an item is one document in one epoch), and the disk holds one extra copy of the tokens meanwhile.
 
-The order: each epoch shuffles that of the epoch before, as the official script does with its list of lines. Python's
-shuffle depends on the length alone, so `seed` gives the order that random.seed(seed) would give there.
+Each epoch shuffles the order of the one before, as the official script does with its list of lines. Python's shuffle
+depends on the length alone, so `seed` gives the order that random.seed(seed) would give there.
 
 What it is not: the reader of lines (jsonl.py), the file format (binidx.py), the prime (magic_prime.py), the printed
 report (make_data_report.py).
@@ -24,6 +24,7 @@ import random
 import secrets
 import shutil
 import tempfile
+import threading
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
@@ -33,17 +34,17 @@ import numpy as np
 
 from rwkv_nb.data.binidx import BinidxError, MMapIndexedDataset, MMapIndexedDatasetBuilder
 from rwkv_nb.data.encoders import Encoders
-from rwkv_nb.data.jsonl import Converted, JsonlError, convert
+from rwkv_nb.data.jsonl import Converted, Converter, JsonlError, convert
 from rwkv_nb.data.magic_prime import explain, is_prime
 from rwkv_nb.data.make_data_report import MakeDataReport, preview
 from rwkv_nb.data.tokenizer import WorldTokenizer
 
 __all__ = ["JsonlError", "MakeDataReport", "epoch_order", "make_data", "preview"]
 
-LARGE = 16_000_000  # bytes of input from which on the tokenizer gets a process of its own: it takes 0.3 s to start
+LARGE = 16_000_000  # bytes from which on the tokenizer gets a process of its own, which takes 0.3 s to start
 LISTED = 5  # skipped lines named in the report
-TXT_REMEDY = ("plain text is no jsonl. If each line is JSON already, rename it; if it is one document, "
-              "write it as one line: json.dumps({\"text\": open(\"book.txt\", encoding=\"utf-8\").read()})")
+TXT_REMEDY = ("plain text is no jsonl. If each line is JSON already, rename it; if it is one document, write it as one "
+              'line: json.dumps({"text": open("book.txt", encoding="utf-8").read()})')
 
 
 def epoch_order(order: array, generator: random.Random) -> array:
@@ -61,9 +62,9 @@ def make_data(jsonl: str | os.PathLike, out_prefix: str | os.PathLike, n_epoch: 
     """Tokenise a .jsonl file, shuffle and repeat it, write OUT_PREFIX.bin, .idx and .meta.json, and read them back.
 
     n_epoch: how often each document appears. ctx_len: in tokens, for the magic prime alone. seed: of the shuffle; None
-    draws one, which the report names. workers: processes that tokenise (1: here, or beside us if the input is large);
-    the files do not depend on it. on_error: "stop" at the first
-    bad line, or "skip" and count them. progress: a bar on stderr if that is a terminal.
+    draws one, which the report names. workers: processes that tokenise, 260 MB each; with 1 the World tokenizer runs
+    beside us if the input is large, everything else runs here. The files do not depend on it. on_error: "stop" at the
+    first bad line, or "skip" and count them. progress: a bar on stderr if that is a terminal.
 
     Raises JsonlError for a bad line, ValueError for arguments, BinidxError if what was read back is wrong, OSError for
     files and disk space, ChildProcessError if a worker died. Whatever happens, a pair at OUT_PREFIX stays as it was
@@ -82,9 +83,11 @@ def make_data(jsonl: str | os.PathLike, out_prefix: str | os.PathLike, n_epoch: 
     tokenizer = WorldTokenizer() if tokenizer is None else tokenizer
     try:
         with tempfile.TemporaryFile(dir=folder, prefix=".make_data-") as cache:
-            with Encoders(tokenizer, workers if workers > 1 or size >= LARGE else 0) as encoders:
-                is_prime(2)  # imports sympy, while the other process loads its vocabulary
-                batches = convert(path, tokenizer, encoders)
+            beside = workers if workers > 1 else int(size >= LARGE and type(tokenizer) is WorldTokenizer)
+            with Encoders(tokenizer, beside) as encoders:
+                batches = convert(Converter(path, tokenizer), encoders)  # the vocabulary is read here and there at once
+                if beside:  # imports sympy, which the report needs, while we wait for the other process
+                    threading.Thread(target=is_prime, args=(2,), daemon=True).start()
                 sizes, bad, problems = _collect(path, batches, on_error, cache, _Bar(progress, size, "read"))
             if not sizes:
                 raise ValueError(f"{path}: no documents in it; nothing was written")
@@ -145,14 +148,12 @@ class _Bar:
     """A progress bar of bytes and documents on stderr, where that is a terminal; otherwise nothing."""
 
     def __init__(self, wanted: bool, total: int, what: str):
-        self._bar = None
+        self._bar, self._wanted = None, wanted
         self._options = {"total": total, "desc": what, "unit": "B", "unit_scale": True, "disable": None}
-        self._wanted = wanted
 
     def __enter__(self) -> _Bar:
         if self._wanted:
             from tqdm import tqdm
-
             self._bar = tqdm(**self._options)
         return self
 
@@ -232,8 +233,8 @@ def _verify(prefix: str, items: int, tokens: int, checksum: int, tokenizer: Worl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m rwkv_nb make_data`. Returns the exit code; errors are raised."""
-    parser = argparse.ArgumentParser(prog="python -m rwkv_nb make_data", description="Tokenise a .jsonl file, shuffle "
-                                     "and repeat it, and write the .bin/.idx pair that the trainer reads.")
+    parser = argparse.ArgumentParser("python -m rwkv_nb make_data", description="Tokenise a .jsonl file, shuffle and "
+                                     "repeat it, and write the .bin/.idx pair that the trainer reads.")
     parser.add_argument("jsonl", metavar="IN.jsonl", help='one document a line: {"text": "..."}')
     parser.add_argument("n_epoch", metavar="N_EPOCH", type=int, help="how often each document appears")
     parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, help="context length that the magic prime is for")

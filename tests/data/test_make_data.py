@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.data import jsonl
+from rwkv_nb.data import encoders, jsonl
 from rwkv_nb.data import make_data as module
 from rwkv_nb.data.binidx import BinidxError, MMapIndexedDataset
 from rwkv_nb.data.make_data import JsonlError, epoch_order, preview
@@ -270,21 +270,62 @@ class Dying(WorldTokenizer):  # takes its process with it, like the kernel when 
 class Failing(WorldTokenizer):
     def encode_batch(self, texts):
         raise ValueError("the tokenizer has a headache")
+
+class Odd(Exception):  # can be pickled, but not unpickled: pickle calls it with one argument
+    def __init__(self, what, where):
+        super().__init__(what + where)
+
+class Odder(WorldTokenizer):
+    def encode_batch(self, texts):
+        raise Odd("lost ", "in the post")
+
+class Homesick(WorldTokenizer):  # cannot be used in another process
+    def __setstate__(self, state):
+        raise LookupError("no such file there")
+
+class Chatty(WorldTokenizer):  # prints where the answers go
+    def encode_batch(self, texts):
+        print("hello from the worker", flush=True)
+        os.write(1, b"and hello")
+        return super().encode_batch(texts)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_trouble_in_a_worker_reaches_the_user(tmp_path, monkeypatch):
+def test_trouble_in_a_worker_reaches_the_user(tmp_path, monkeypatch, capfd):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "trouble.py").write_text(TROUBLE)
     monkeypatch.syspath_prepend(tmp_path / "lib")  # workers inherit it
     trouble = importlib.import_module("trouble")
     source = write_lines(tmp_path / "in.jsonl", ["a", "b"])
-    with pytest.raises(ChildProcessError, match="a worker process died.*fewer workers"):
-        make_data(source, tmp_path / "out", 1, 1, 0, workers=2, tokenizer=trouble.Dying())
-    with pytest.raises(ValueError, match="headache"):
-        make_data(source, tmp_path / "out", 1, 1, 0, workers=2, tokenizer=trouble.Failing())
+    for kind, error, message in ((trouble.Dying, ChildProcessError, "a worker process died.*-9.*fewer workers"),
+                                 (trouble.Failing, ValueError, "headache"),
+                                 (trouble.Odder, RuntimeError, "Odd in a worker process: lost in the post"),
+                                 (trouble.Homesick, ValueError, "no such file there.*use workers=1")):
+        with pytest.raises(error, match=message):
+            make_data(source, tmp_path / "out", 1, 1, 0, workers=2, tokenizer=kind())
+        assert psutil.Process().children() == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "lib"]
+    make_data(source, tmp_path / "out", 1, 1, 0, workers=2, tokenizer=trouble.Chatty())
+    assert_official(tmp_path / "out", source, 1, 0)
+    shown = capfd.readouterr()
+    assert shown.out == "" and "hello from the worker" in shown.err
+
+
+def test_a_large_file_is_tokenised_beside_us_unless_the_tokenizer_is_a_custom_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "BATCH", 500)
+    source = write_lines(tmp_path / "in.jsonl", [f"document {i} " + "müsli " * (i % 17) for i in range(300)])
+    started, real = [], encoders._Process
+    monkeypatch.setattr(encoders, "_Process", lambda *args, **options: started.append(1) or real(*args, **options))
+    make_data(source, tmp_path / "small", 2, 1, 5)
+    assert started == []
+    monkeypatch.setattr(module, "LARGE", source.stat().st_size)
+    make_data(source, tmp_path / "large", 2, 1, 5)
+    assert started == [1] and psutil.Process().children() == []
+    make_data(source, tmp_path / "custom", 2, 1, 5, tokenizer=Unpicklable())
+    assert started == [1]
+    for name in ("small", "large", "custom"):
+        assert_official(tmp_path / name, source, 2, 5)
 
 
 def test_what_is_read_back_must_be_what_was_written(tmp_path, monkeypatch):
@@ -400,13 +441,28 @@ def test_killed_at_any_moment_it_leaves_the_old_pair_or_the_new_one(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_workers_end_when_their_parent_is_killed(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])  # 1: one beside it, since the file is large
+def test_workers_end_silently_when_their_parent_is_killed(tmp_path, workers):
     write_lines(tmp_path / "in.jsonl", ["some words " * 2000] * 400)
-    code = "from rwkv_nb.data.make_data import make_data; make_data('in.jsonl', 'out', 1, 1, 0, workers=2)"
-    parent = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while len(workers := [p for p in parent.children() if "spawn_main" in " ".join(p.cmdline())]) < 2:
-        assert parent.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    parent = psutil.Popen([sys.executable, "-c", HELD, str(workers)], cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert parent.stdout.readline() == b"go\n"
+    children = parent.children()
+    assert len(children) == workers
     parent.kill()
-    assert psutil.wait_procs([parent, *workers], timeout=60)[1] == []
+    assert psutil.wait_procs([parent, *children], timeout=60)[1] == []
+    assert parent.stderr.read() == b""
+
+
+HELD = """
+import sys, time
+from rwkv_nb.data import make_data as m
+
+def collect(path, batches, *rest):  # the workers have answered once, and go on until the pipes are full
+    next(batches)
+    print("go", flush=True)
+    time.sleep(60)
+
+m.LARGE, m._collect = 1, collect
+m.make_data("in.jsonl", "out", 1, 1, 0, workers=int(sys.argv[1]))
+"""
