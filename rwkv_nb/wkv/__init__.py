@@ -71,9 +71,9 @@ def wkv5(
     w, u = w.to(dtype), u.to(dtype)
     if backend == "auto" and T == 1:  # a step of generation: the operator around it would cost as much as the step
         check_numbers(w)
-        with (
-            torch.autocast(r.device.type, enabled=False) if torch.is_autocast_enabled(r.device.type) else nullcontext()
-        ):
+        device = r.device.type
+        plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with plain:
             return wkv5_reference(r, k, v, w, u, state)
     if backend == "auto":
         backend = _choose(r.device.type, r.dtype, N, r.numel() > MAX_NUMBERS)
