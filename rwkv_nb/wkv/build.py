@@ -98,7 +98,7 @@ def build(name: str, sources: tuple[str, ...], flags: tuple[str, ...], compiler:
     folder = kernels_folder()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     key = hashlib.sha256("\0".join([compiler, version, *flags]).encode())
-    headers = sorted(p.name for p in folder.iterdir() if p.suffix in (".h", ".cuh"))
+    headers = sorted(p.name for p in folder.iterdir() if p.suffix in (".h", ".cuh", ".cu"))  # a .cu may be included
     for file in (*sources, *headers):
         key.update(file.encode() + b"\0" + (folder / file).read_bytes())
     target = cache_folder() / f"{name}-{key.hexdigest()[:16]}.so"

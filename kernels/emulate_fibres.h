@@ -1,0 +1,311 @@
+// Blocks and threads on a processor: each CUDA thread is a fibre with its own stack; blocks run one after the other.
+//
+// A fibre runs until it waits at a barrier or ends; then the next one runs, in the order of the schedule. When all threads
+// of a block wait at the same __syncthreads (or all lanes of a warp at the same warp operation), they go on. If nobody
+// can go on, some threads have missed a barrier: the launch stops with a Problem instead of hanging.
+//
+//   emulate::launch(settings, "name", grid, block, [=] { kernel(...); });      every thread calls the function once
+//
+// Order: `in order`, `reversed` and `random` decide who runs first between two barriers. A kernel without races gives the
+// same numbers under all of them. What it is not: parallel. Source: POSIX ucontext; setjmp switches twenty times faster.
+#pragma once
+#ifdef __APPLE__
+#define _XOPEN_SOURCE 700
+#define _DARWIN_C_SOURCE
+#endif
+#include <setjmp.h>
+#include <stdint.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+    int64_t count() const { return int64_t(x) * y * z; }
+};
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+#define EMULATE_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()  // the place of the call
+
+namespace emulate {
+
+enum Order { in_order, reversed, random_order };
+
+struct Settings {
+    Order order = in_order;
+    uint64_t seed = 0;
+    bool switch_often = false;  // random order only: other threads may run between any two checked accesses
+    int64_t limit = INT64_MAX;  // accesses and barriers of one launch; more is taken for an endless loop
+};
+
+struct Site { const char* file = ""; int line = 0; };
+
+struct Problem { std::string kind, message; Site site; int64_t block; int thread; };
+
+struct Stop {};  // thrown inside a fibre: the launch is over
+
+constexpr int WARP = 32, STACK = 128 * 1024, WORDS = 8;
+
+enum class State { ready, block_barrier, warp_barrier, ended };
+
+struct Fibre {
+    ucontext_t context;
+    jmp_buf jump;
+    bool started;
+    State state;
+    Site site;                // of the barrier where it waits
+    const char* operation;    // and its name
+    int warp_interval;        // __syncwarp passed so far
+    unsigned exchanges;       // shuffles and matrix products so far
+};
+
+struct Warp { uint32_t words[2][WARP][WORDS]; };  // what lanes show one another; two sets, used in turn
+
+class Machine {
+public:
+    Settings settings;
+    std::vector<Problem> problems;
+    int64_t steps = 0, block = 0, interval = 0, block_serial = 0, barriers = 0;
+    int thread = 0;
+
+    template <class Body> bool launch(const Settings& s, dim3 grid, dim3 threads, const Body& body);
+
+    void wait_for_block(const char* name, Site site) { count_step(site); wait(State::block_barrier, name, site); }
+    void wait_for_warp(const char* name, Site site, unsigned mask) {
+        if (mask != 0xffffffffu) fail("warp mask", std::string(name) + ": the emulation knows full warps only (mask 0xffffffff)", site);
+        count_step(site);
+        wait(State::warp_barrier, name, site);
+    }
+
+    // Shows `n` words to the warp; returns what every lane showed, once all have.
+    const uint32_t (*exchange(const char* name, const uint32_t* words, int n, Site site, unsigned mask))[WORDS] {
+        Warp& warp = warps_[thread / WARP];
+        auto* shown = warp.words[fibres_[thread].exchanges++ % 2];
+        memcpy(shown[thread % WARP], words, n * 4);
+        wait_for_warp(name, site, mask);
+        return shown;
+    }
+
+    int warp_interval() const { return fibres_[thread].warp_interval; }
+    int lanes() const { return std::min(WARP, count_ - thread / WARP * WARP); }
+    Site last_site;
+
+    void count_step(Site site) {
+        last_site = site;
+        if (++steps > settings.limit) {
+            fail("step limit", "more than " + std::to_string(settings.limit) + " accesses and barriers: an endless loop?", site);
+        }
+    }
+    void maybe_switch() {
+        if (settings.switch_often && next_random() % 4 == 0) leave();
+    }
+    void note(const char* kind, std::string message, Site site) {
+        if (problems.size() < 100) problems.push_back({kind, std::move(message), site, block, thread});
+    }
+    [[noreturn]] void fail(const char* kind, std::string message, Site site) {
+        note(kind, std::move(message), site);
+        throw Stop();
+    }
+
+private:
+    void (*call_)(const void*) = nullptr;
+    const void* body_ = nullptr;
+    int count_ = 0;
+    bool stopped_ = false;
+    uint64_t random_ = 0;
+    std::vector<Fibre> fibres_;
+    std::vector<Warp> warps_;
+    std::unique_ptr<char[]> stacks_;
+    int64_t stack_count_ = 0;
+    jmp_buf home_;
+
+    uint64_t next_random() {  // splitmix64
+        uint64_t z = random_ += 0x9e3779b97f4a7c15u;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        return z ^ (z >> 31);
+    }
+
+    template <class I> void arrange(std::vector<I>& order) {
+        const size_t n = order.size();
+        if (settings.order == random_order) {
+            for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[next_random() % i]);
+        }
+    }
+
+    static void enter();  // a fibre's first function
+
+    void wait(State state, const char* name, Site site) {
+        Fibre& f = fibres_[thread];
+        f.state = state;
+        f.operation = name;
+        f.site = site;
+        leave();
+    }
+
+    __attribute__((noinline)) void leave() {
+        if (!_setjmp(fibres_[thread].jump)) _longjmp(home_, 1);
+    }
+
+    __attribute__((noinline)) void resume(int i, dim3 index) {
+        thread = i;
+        threadIdx = index;
+        if (_setjmp(home_)) return;
+        if (fibres_[i].started) _longjmp(fibres_[i].jump, 1);
+        fibres_[i].started = true;
+        setcontext(&fibres_[i].context);
+    }
+
+    void run_block();
+    bool release();
+    void report_divergence();
+};
+
+inline thread_local Machine machine;
+
+inline void Machine::enter() {
+    try {
+        machine.call_(machine.body_);
+    } catch (const Stop&) {
+        machine.stopped_ = true;
+    } catch (const std::exception& error) {
+        machine.note("exception", error.what(), machine.last_site);
+        machine.stopped_ = true;
+    }
+    machine.fibres_[machine.thread].state = State::ended;
+    machine.leave();
+}
+
+inline void Machine::run_block() {
+    for (int i = 0; i < count_; i++) {
+        Fibre& f = fibres_[i];
+        f.started = false;
+        f.state = State::ready;
+        f.warp_interval = 0;
+        f.exchanges = 0;
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = stacks_.get() + int64_t(i) * STACK;
+        f.context.uc_stack.ss_size = STACK;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, &Machine::enter, 0);
+    }
+    interval++;
+    block_serial++;
+    std::vector<int> order(count_);
+    for (int i = 0; i < count_; i++) order[i] = settings.order == reversed ? count_ - 1 - i : i;
+    for (bool going = true; going && !stopped_; going = going || (!stopped_ && release())) {
+        going = false;
+        arrange(order);
+        for (int i : order) {
+            if (fibres_[i].state != State::ready) continue;
+            going = true;
+            resume(i, dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)));
+            if (stopped_) return;
+        }
+    }
+}
+
+// Nobody is ready: opens the barriers that are complete. False if the block has ended; a Problem if nothing opens.
+inline bool Machine::release() {
+    bool opened = false;
+    for (int first = 0; first < count_; first += WARP) {
+        const int last = std::min(first + WARP, count_);
+        bool complete = true;
+        for (int i = first; i < last; i++) {
+            const Fibre &f = fibres_[i], &g = fibres_[first];
+            complete = complete && f.state == State::warp_barrier && f.site.line == g.site.line && !strcmp(f.operation, g.operation);
+        }
+        if (!complete) continue;
+        opened = true;
+        const bool orders_memory = !strcmp(fibres_[first].operation, "__syncwarp");  // shuffles do not
+        for (int i = first; i < last; i++) {
+            fibres_[i].state = State::ready;
+            fibres_[i].warp_interval += orders_memory;
+        }
+    }
+    if (opened) return true;
+    int ended = 0;
+    bool complete = true;
+    for (const Fibre& f : fibres_) {
+        ended += f.state == State::ended;
+        complete = complete && f.state == State::block_barrier && f.site.line == fibres_[0].site.line;
+    }
+    if (ended == count_) return false;
+    if (!complete) {
+        report_divergence();
+        return false;
+    }
+    for (Fibre& f : fibres_) f.state = State::ready;
+    interval++;
+    barriers++;
+    return true;
+}
+
+inline void Machine::report_divergence() {
+    int at = 0;  // the first thread that waits, and how many wait with it
+    while (fibres_[at].state == State::ended) at++;
+    const Fibre& waiting = fibres_[at];
+    int with = 0, other = -1;
+    const bool warp = waiting.state == State::warp_barrier;
+    const int first = warp ? at / WARP * WARP : 0, last = warp ? std::min(first + WARP, count_) : count_;
+    for (int i = first; i < last; i++) {
+        const Fibre& f = fibres_[i];
+        if (f.state == waiting.state && f.site.line == waiting.site.line && !strcmp(f.operation, waiting.operation)) with++;
+        else if (other < 0) other = i;
+    }
+    std::string message = std::string(waiting.operation) + " is reached by " + std::to_string(with) + " of " + std::to_string(last - first) +
+                          (warp ? " lanes of a warp: thread " : " threads of the block: thread ") + std::to_string(at) + " waits there, ";
+    if (other >= 0) {
+        const Fibre& f = fibres_[other];
+        message += "thread " + std::to_string(other);
+        message += f.state == State::ended ? " has ended" : std::string(" waits at ") + f.operation + " in line " + std::to_string(f.site.line);
+    }
+    thread = at;
+    stopped_ = true;
+    note("divergent barrier", message, waiting.site);
+}
+
+template <class Body> bool Machine::launch(const Settings& s, dim3 grid, dim3 threads, const Body& body) {
+    settings = s;
+    settings.switch_often = s.switch_often && s.order == random_order;
+    random_ = s.seed;
+    steps = barriers = 0;
+    stopped_ = false;
+    last_site = Site();
+    gridDim = grid;
+    blockDim = threads;
+    count_ = int(threads.count());
+    thread = 0;
+    if (count_ < 1 || count_ > 1024) {
+        block = 0;
+        note("launch", "a block has " + std::to_string(threads.count()) + " threads; CUDA allows 1 to 1024", last_site);
+        return false;
+    }
+    body_ = &body;
+    call_ = [](const void* f) { (*static_cast<const Body*>(f))(); };
+    fibres_.resize(count_);
+    warps_.resize((count_ + WARP - 1) / WARP);
+    if (stack_count_ < count_) stacks_.reset(new char[int64_t(count_) * STACK]), stack_count_ = count_;  // pages come when touched
+    std::vector<int64_t> blocks(grid.count());
+    for (int64_t i = 0; i < int64_t(blocks.size()); i++) blocks[i] = settings.order == reversed ? blocks.size() - 1 - i : i;
+    arrange(blocks);
+    for (int64_t b : blocks) {
+        block = b;
+        blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / (int64_t(grid.x) * grid.y));
+        run_block();
+        if (stopped_) return false;
+    }
+    return true;
+}
+
+}  // namespace emulate
+
+inline void __syncthreads(EMULATE_HERE) { emulate::machine.wait_for_block("__syncthreads", {file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATE_HERE) { emulate::machine.wait_for_warp("__syncwarp", {file, line}, mask); }

@@ -1,0 +1,95 @@
+// Starts the plain WKV-5 kernels: picks the instance for a head size and a number format. What launch.cu (nvcc) and
+// launch_emulated.cpp (C++) share; each defines `start(stream, grid, block, kernel, arguments...)` and `finish()`.
+//
+// Plain pointers, no torch. dtype of r, k, v, y, gy, gr, gk, gv: 0 float, 1 half, 2 bfloat16. Head sizes 16, 32, 64, 128.
+// gw, gu: (H, N), summed over the batch in float; `parts` is room for B H N floats. Result: 0, or an error code.
+#pragma once
+
+struct Sizes { int64_t B, T, H; };
+
+template <int N, typename T>
+int forward(Sizes s, const void* r, const void* k, const void* v, const float* w, const float* u, const float* state, void* y,
+            float* last, void* stream) {
+    auto in = [](const void* x) { return static_cast<const T*>(x); };
+    if (s.B * s.H > 0) {
+        start(stream, s.B * s.H, N, wkv5_forward<N, T>, s.T, int(s.H), in(r), in(k), in(v), w, u, state, static_cast<T*>(y), last);
+    }
+    return finish();
+}
+
+template <int N, typename T>
+int backward(Sizes s, const void* r, const void* k, const void* v, const float* w, const float* u, const float* state,
+             const void* gy, const float* glast, void* gr, void* gk, void* gv, float* gw, float* gu, float* gstate,
+             float* parts, void* stream) {
+    auto in = [](const void* x) { return static_cast<const T*>(x); };
+    auto out = [](void* x) { return static_cast<T*>(x); };
+    const int64_t blocks = s.B * s.H, size = s.H * N;
+    auto sum_over_batch = [&](float* total) {
+        start(stream, (size + 127) / 128, 128, wkv5_sum_over_batch, s.B, size, parts, total);
+    };
+    if (s.H == 0) return finish();
+    if (blocks > 0) {
+        start(stream, blocks, N, wkv5_backward_k<N, T>, s.T, int(s.H), in(r), in(v), w, u, in(gy), glast, out(gk));
+        start(stream, blocks, N, wkv5_backward_v<N, T>, s.T, int(s.H), in(r), in(k), w, u, in(gy), glast, out(gv), gstate);
+        start(stream, blocks, N, wkv5_backward_r<N, T>, s.T, int(s.H), in(r), in(k), in(v), w, u, state, in(gy), out(gr), parts);
+    }
+    sum_over_batch(gu);
+    if (blocks > 0) {
+        start(stream, blocks, N, wkv5_backward_w<N, T>, s.T, int(s.H), in(r), in(k), in(v), w, state, in(gy), glast, parts);
+    }
+    sum_over_batch(gw);
+    return finish();
+}
+
+// Calls f(head size, number) with a compile-time head size and a number of the format; -1 if there is no such instance.
+// -DWKV5_HEAD_SIZE=64 -DWKV5_DTYPE=2 compiles those instances only, in a fraction of the time.
+#ifdef WKV5_HEAD_SIZE
+constexpr int only_head_size = WKV5_HEAD_SIZE;
+#else
+constexpr int only_head_size = 0;
+#endif
+#ifdef WKV5_DTYPE
+constexpr int only_dtype = WKV5_DTYPE;
+#else
+constexpr int only_dtype = -1;
+#endif
+
+template <int dtype, int n, typename T, class F> int try_instance(int wanted_dtype, int wanted_n, const F& f) {
+    if constexpr ((only_head_size == 0 || only_head_size == n) && (only_dtype == -1 || only_dtype == dtype)) {
+        if (wanted_dtype == dtype && wanted_n == n) return f(std::integral_constant<int, n>(), T());
+    }
+    return -1;
+}
+template <int n, class F> int with_head_size(int dtype, int N, const F& f) {
+    switch (dtype) {
+        case 0: return try_instance<0, n, float>(dtype, N, f);
+        case 1: return try_instance<1, n, __half>(dtype, N, f);
+        case 2: return try_instance<2, n, __nv_bfloat16>(dtype, N, f);
+        default: return -1;
+    }
+}
+template <class F> int with_instance(int dtype, int N, const F& f) {
+    switch (N) {
+        case 16: return with_head_size<16>(dtype, N, f);
+        case 32: return with_head_size<32>(dtype, N, f);
+        case 64: return with_head_size<64>(dtype, N, f);
+        case 128: return with_head_size<128>(dtype, N, f);
+        default: return -1;
+    }
+}
+
+extern "C" int wkv5_plain_forward(int dtype, int N, int64_t B, int64_t T, int64_t H, const void* r, const void* k, const void* v,
+                                  const float* w, const float* u, const float* state, void* y, float* last, void* stream) {
+    return with_instance(dtype, N, [=](auto n, auto t) {
+        return forward<decltype(n)::value, decltype(t)>({B, T, H}, r, k, v, w, u, state, y, last, stream);
+    });
+}
+
+extern "C" int wkv5_plain_backward(int dtype, int N, int64_t B, int64_t T, int64_t H, const void* r, const void* k, const void* v,
+                                   const float* w, const float* u, const float* state, const void* gy, const float* glast,
+                                   void* gr, void* gk, void* gv, float* gw, float* gu, float* gstate, float* parts, void* stream) {
+    return with_instance(dtype, N, [=](auto n, auto t) {
+        return backward<decltype(n)::value, decltype(t)>({B, T, H}, r, k, v, w, u, state, gy, glast, gr, gk, gv, gw, gu, gstate,
+                                                         parts, stream);
+    });
+}

@@ -1,0 +1,162 @@
+"""The CUDA kernels' own source, run on the processor: a backend of `wkv5`, and a bench for kernels under trial.
+
+As a backend it compiles `kernels/wkv5_cuda.cu` once per head size and number format with the C++ compiler (about a
+second) and runs it block by block, thread by thread: right, deterministic, and slow. CPU tensors; heads of 16, 32, 64
+or 128 channels.
+
+`run` takes the text of a kernel instead, ours with a line changed or the reader's own, runs it with every access
+checked (see `emulator.py`), and returns results, races, problems and counts:
+
+    report = run(read_source().replace("__syncthreads();", ""), r, k, v, w, u)
+    print(report.races[0])
+
+What it is not: fast; for work use `cpu` or `chunked`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+
+import torch
+from torch import Tensor
+
+from . import build, emulator
+from .emulator import Launch, Report
+
+HEAD_SIZES = (16, 32, 64, 128)
+SOURCE = "wkv5_cuda.cu"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+_failure: list[str] = []
+
+
+def why_not() -> str | None:
+    """None if the backend can run here, else what is missing and the remedy. Compiles nothing."""
+    return _failure[0] if _failure else emulator.why_not()
+
+
+def supports(N: int) -> str | None:
+    """None if there is a kernel for heads of N channels, else why not."""
+    return None if N in HEAD_SIZES else f"head size {N} is none of {', '.join(map(str, HEAD_SIZES))}"
+
+
+def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
+    """Nothing is kept for the backward pass: it computes the states again."""
+    return (0,)
+
+
+@functools.cache
+def _library(N: int, dtype: torch.dtype) -> ctypes.CDLL:
+    only = [f"-DWKV5_HEAD_SIZE={N}", f"-DWKV5_DTYPE={DTYPES[dtype]}"]
+    try:
+        library = build.load("wkv5_emulated", ["launch_emulated.cpp"], [*FLAGS, *only])
+    except build.BuildError as error:
+        _failure[:] = [str(error)]
+        raise
+    library.wkv5_error.restype = ctypes.c_char_p
+    return library
+
+
+def _call(function: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], tensors: list[Tensor]) -> None:
+    B, T, H, N = sizes
+    library = _library(N, dtype)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    numbers = [ctypes.c_int(DTYPES[dtype]), ctypes.c_int(N), *(ctypes.c_int64(n) for n in (B, T, H))]
+    code = getattr(library, function)(*numbers, *pointers, ctypes.c_void_p())
+    if code:
+        raise RuntimeError(f"{function} failed with code {code}: {library.wkv5_error(code).decode()}")
+
+
+def forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, N) in r's dtype and the last state (B, H, N, N). See `rwkv_nb.wkv.wkv5`."""
+    y, last = torch.empty_like(r), torch.empty_like(state)
+    _call("wkv5_plain_forward", r.dtype, tuple(r.shape), [r, k, v, w, u, state, y, last])
+    return y, last
+
+
+def backward(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    saved: Tensor | None,
+    gy: Tensor,
+    glast: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """gr, gk, gv in r's dtype; gw (of the raw w), gu (H, N) and gstate (B, H, N, N) float32."""
+    B, T, H, N = r.shape
+    gr, gk, gv = torch.empty_like(r), torch.empty_like(r), torch.empty_like(r)
+    gw, gu, gstate, parts = torch.empty_like(w), torch.empty_like(u), torch.empty_like(state), w.new_empty(B, H, N)
+    tensors = [r, k, v, w, u, state, gy, glast, gr, gk, gv, gw, gu, gstate, parts]
+    _call("wkv5_plain_backward", r.dtype, (B, T, H, N), tensors)
+    return gr, gk, gv, gw, gu, gstate
+
+
+def read_source(file: str = SOURCE) -> str:
+    """The text of a kernel file."""
+    return (build.kernels_folder() / file).read_text(encoding="utf-8")
+
+
+def pieces(source: str) -> dict[str, str]:
+    """Cut a kernel file at its marker comments `// [name]`: name -> the lines below, up to the next marker."""
+    parts = re.split(r"^[ \t]*// \[(.+?)\][ \t]*\n", source, flags=re.MULTILINE)
+    return {name: text for name, text in zip(parts[1::2], parts[2::2], strict=True) if name != "end"}
+
+
+def run(
+    source: str | None,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    gy: Tensor | None = None,
+    glast: Tensor | None = None,
+    **options,
+) -> Report:
+    """Run a kernel text on given tensors; backward too if gy is given.
+
+    Args:
+        source: text that defines `wkv5_forward`, and for backward the other kernels, with the parameters that they have
+            in `kernels/wkv5_cuda.cu`; None: that file.
+        r, k, v, w, u, state, gy, glast: as for `forward` and `backward`; state and glast default to zeros.
+        options: schedule, seed, checked, switch_often, limit, seconds; see `emulator.launch`.
+
+    Returns: a report whose arrays are y and last, and with gy gr, gk, gv, gw, gu, gstate.
+    Raises: as `emulator.launch`.
+    """
+    B, T, H, N = r.shape
+    state = torch.zeros(B, H, N, N) if state is None else state
+    y, last = torch.full_like(r, torch.nan), torch.full_like(state, torch.nan)
+    inputs = {"r": r, "k": k, "v": v, "w": w, "u": u, "state": state}
+    launches = []
+
+    def add(kernel: str, *names: str, **outputs: Tensor) -> None:
+        values = {**inputs, **outputs}
+        arguments = {"steps": T, "heads": H, **{n: values[n] for n in names}, **outputs}
+        launches.append(Launch(f"{kernel}<{N}, {emulator.TYPES[r.dtype]}>", B * H, N, arguments))
+
+    def add_sum(parts: str, total: str) -> None:
+        arguments = {"batch": B, "size": H * N, parts: inputs[parts], total: inputs[total]}
+        launches.append(Launch("wkv5_sum_over_batch", -(-H * N // 128), 128, arguments))
+
+    add("wkv5_forward", "r", "k", "v", "w", "u", "state", y=y, last=last)
+    if gy is not None:
+        inputs |= {"gy": gy, "glast": torch.zeros_like(state) if glast is None else glast}
+        inputs |= {n: torch.full((B, H, N), torch.nan) for n in ("gw_parts", "gu_parts")}
+        inputs |= {n: torch.full((H, N), torch.nan) for n in ("gw", "gu")}
+        gr, gk, gv = (torch.full_like(r, torch.nan) for _ in range(3))
+        add("wkv5_backward_k", "r", "v", "w", "u", "gy", "glast", gk=gk)
+        add("wkv5_backward_v", "r", "k", "w", "u", "gy", "glast", gv=gv, gstate=torch.full_like(state, torch.nan))
+        add("wkv5_backward_r", "r", "k", "v", "w", "u", "state", "gy", gr=gr, gu_parts=inputs["gu_parts"])
+        add("wkv5_backward_w", "r", "k", "v", "w", "state", "gy", "glast", gw_parts=inputs["gw_parts"])
+        add_sum("gu_parts", "gu")
+        add_sum("gw_parts", "gw")
+    return emulator.launch(read_source() if source is None else source, launches, **options)
