@@ -100,21 +100,19 @@ def first_line(*command: str, having: str = "") -> str:
 
 
 def check_compilers() -> Iterator[Finding]:
-    """Optional tools: without them the pure PyTorch operator is used."""
-    compiler = next(
-        (name for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl") if name and shutil.which(name)), ""
-    )
-    if compiler:
-        yield Finding("C++ compiler", "ok", first_line(compiler, "--version") or compiler)
-    else:
-        yield Finding(
-            "C++ compiler", "absent", "none found", "optional; Debian: apt install g++, macOS: xcode-select --install"
-        )
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        yield Finding("nvcc", "ok", first_line(nvcc, "--version", having="release") or "found")
-    else:
-        yield Finding("nvcc", "absent", "none found", "optional; only to compile the CUDA kernels yourself")
+    """Optional tools: without them the operator of plain PyTorch is used; and what they make possible here."""
+    from rwkv_nb.wkv import backends, build
+
+    for part, path, having, remedy in (
+        ("C++ compiler", build.find_cxx(), "", f"optional; {build.CXX_REMEDY}"),
+        ("nvcc", build.find_nvcc(), "release", "optional; only to compile the CUDA kernels yourself"),
+    ):
+        if path:
+            yield Finding(part, "ok", first_line(path, "--version", having=having) or Path(path).name)
+        else:
+            yield Finding(part, "absent", "none found", remedy)
+    found = [name for name, text in backends().items() if text == "available"]
+    yield Finding("wkv5 operator", "ok", ", ".join(found))
 
 
 def check_machine(folder: Path) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ def test_this_environment_is_sound(tmp_path):
         "torch device",
         "C++ compiler",
         "nvcc",
+        "wkv5 operator",
         "GPU",
         "free memory",
         "free disk",
@@ -74,7 +75,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_no_compiler_is_not_a_failure(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert {f.status for f in doctor.check_compilers()} == {"absent"}
+    compiler, nvcc, operator = doctor.check_compilers()
+    assert compiler.status == nvcc.status == "absent" and "g++" in compiler.remedy
+    assert operator.status == "ok" and operator.detail == "reference, chunked"
 
 
 def test_exit_code_follows_the_findings(monkeypatch, capsys):
