@@ -1,8 +1,8 @@
 // CUDA's words for two compilers: one kernel source runs on a GPU (nvcc) and on a processor (any C++17 compiler).
 //
-// A kernel file includes this header and nothing else. Under nvcc the words below are plain pointers and arrays and cost
-// nothing. Under a C++ compiler each CUDA thread is a fibre that runs until its next barrier (emulate_fibres.h); with
-// -DEMULATE_CHECKED every access goes through a view that finds races and counts traffic (emulate_checks.h).
+// A kernel file includes this header and nothing else. Under nvcc the words below are plain pointers and arrays and
+// cost nothing. Under a C++ compiler each CUDA thread is a fibre that runs until its next barrier (emulate_fibres.h);
+// with -DEMULATE_CHECKED every access goes through a view that finds races and counts traffic (emulate_checks.h).
 //
 //   Global<T> x            parameter: an array in global memory; x[i], x + n. Global<const T> if only read.
 //   SHARED(T, x, n);       an array of n numbers in the block's shared memory, aligned to 16 bytes; x[i], x + n.
@@ -13,14 +13,17 @@
 //   mma_m16n8k8_tf32(d, a, b), mma_m16n8k16_bf16(d, a, b)     d += a b by the 32 lanes of a warp together.
 //
 // The fragments are PTX's. With g = lane / 4 and q = lane % 4 a lane holds
-//   d[0..3]   (16 x 8):  rows g, g, g + 8, g + 8;  columns 2 q, 2 q + 1, 2 q, 2 q + 1                    float32
-//   tf32 a[0..3] (16 x 8):  rows g, g + 8, g, g + 8;  columns q, q, q + 4, q + 4      b[0..1] (8 x 8):  rows q, q + 4;  column g
-//   bf16 a[0..3] (16 x 16): rows g, g + 8, g, g + 8;  columns 2 q, 2 q, 2 q + 8, 2 q + 8 and the next     two numbers a
-//        b[0..1] (16 x 8):  rows 2 q, 2 q + 8 and the next;  column g                                       register, low half first
+//   d[0..3], 16 x 8 floats    rows g, g, g + 8, g + 8      columns 2 q, 2 q + 1, 2 q, 2 q + 1
+//   tf32  a[0..3], 16 x 8     rows g, g + 8, g, g + 8      columns q, q, q + 4, q + 4
+//         b[0..1],  8 x 8     rows q, q + 4                column g
+//   bf16  a[0..3], 16 x 16    rows g, g + 8, g, g + 8      columns 2 q, 2 q, 2 q + 8, 2 q + 8, each with the next one
+//         b[0..1], 16 x 8     rows 2 q, 2 q + 8, each with the next one      column g
+// Two bfloat16 share a register, the first in its low half.
 //
 // Emulated besides: threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync,
 // __shfl_up_sync, __shfl_down_sync (4-byte values, full warps), atomicAdd(&x[i], v). What it is not: a model of time,
-// of caches, or of the order in which a GPU's memory becomes visible. Write `float a = x[i]`, not `auto a = x[i]`.
+// of caches, or of the order in which a GPU's memory becomes visible. Write `float a = x[i]`: with `auto` it would be a
+// reference into a checked array, and refuse to work.
 // Source: CUDA C++ Programming Guide (language extensions), PTX ISA (matrix fragments for mma.m16n8k8 and .m16n8k16).
 #pragma once
 #include <stdint.h>
@@ -113,7 +116,7 @@ __device__ inline unsigned pack_bf16(float low, float high) {
     return *reinterpret_cast<unsigned*>(&pair);
 }
 
-// Processors before sm_80 have neither format in their tensor cores: a kernel that gets here on one stops with an error.
+// GPUs before sm_80 have neither format in their tensor cores: a kernel that gets here on one stops with an error.
 __device__ inline void mma_m16n8k8_tf32(float d[4], const unsigned a[4], const unsigned b[2]) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

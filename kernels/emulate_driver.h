@@ -2,9 +2,9 @@
 //
 // It runs as a process of its own, so that whatever the kernel does, the notebook lives on: a crash or an endless loop
 // ends this process, which still says in which line the last checked access was. rwkv_nb/wkv/emulator.py generates
-//   void emulate_launches(emulate::Job& job) { job.launch("name", [&] { kernel(job.integer(0), job.array<float>(1)); }); }
-// and starts the program with a folder: `job` (text: settings; per launch its sizes and arguments) and `arrays` (bytes,
-// overwritten with the results) in it, `report.json` out. What it is not: a sandbox against ill will.
+//     void emulate_launches(emulate::Job& job) { job.launch("name", [&] { kernel(job.integer(0), ...); }); }
+// and starts the program with a folder: `job` (text: settings; for each launch its sizes and arguments) and `arrays`
+// (bytes, overwritten with the results) in it, `report.json` out. What it is not: a sandbox against ill will.
 #pragma once
 #include "emulate.h"
 
@@ -13,137 +13,185 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include <fstream>
-
 namespace emulate {
 
-struct Argument { char kind; int64_t integer, offset, size; double number; std::string name; };
+inline std::string read_file(const std::string& name) {
+    std::string text;
+    if (FILE* file = fopen(name.c_str(), "rb")) {
+        char part[1 << 16];
+        while (size_t n = fread(part, 1, sizeof part, file)) text.append(part, n);
+        fclose(file);
+    }
+    return text;
+}
+
+inline void write_file(const std::string& name, const std::string& text) {
+    if (FILE* file = fopen(name.c_str(), "wb")) {
+        fwrite(text.data(), 1, text.size(), file);
+        fclose(file);
+    }
+}
+
+// A JSON object or list, built up as text.
+class Json {
+public:
+    explicit Json(char open) : text_(1, open), close_(open == '{' ? '}' : ']') {}
+    Json& add(const char* name, int64_t value) { return raw(name, std::to_string(value)); }
+    Json& add(const char* name, const std::string& value) { return raw(name, quoted(value)); }
+    Json& add(const char* name, const Json& value) { return raw(name, value.text()); }
+    Json& add(const char* name, int64_t a, int64_t b) {
+        return raw(name, "[" + std::to_string(a) + ", " + std::to_string(b) + "]");
+    }
+    Json& add(const char* name, const std::string& a, const std::string& b) {
+        return raw(name, "[" + quoted(a) + ", " + quoted(b) + "]");
+    }
+    Json& add(const Json& value) { return raw(nullptr, value.text()); }
+    std::string text() const { return text_ + close_; }
+
+private:
+    std::string text_;
+    char close_;
+    Json& raw(const char* name, const std::string& value) {
+        if (text_.size() > 1) text_ += ", ";
+        if (name) text_ += quoted(name) + ": ";
+        text_ += value;
+        return *this;
+    }
+    static std::string quoted(const std::string& text) {
+        std::string out = "\"";
+        for (char c : text) {
+            if (c == '"' || c == '\\') out += '\\';
+            out += static_cast<unsigned char>(c) < 32 ? ' ' : c;
+        }
+        return out + "\"";
+    }
+};
+
+struct Argument { std::string name, value; int64_t offset = 0, size = 0, bytes = 0; };  // the last three: arrays only
 
 class Job {
 public:
     explicit Job(const std::string& folder);
-    void write_report() const;
-    void write_arrays() const { std::ofstream(folder_ + "/arrays", std::ios::binary).write(bytes_.data(), bytes_.size()); }
-
     template <class Body> void launch(const char* kernel, const Body& body);
+    void write_report() const;
+    void write_arrays() const { write_file(folder_ + "/arrays", bytes_); }
 
     // Arguments of the running launch, by position.
-    int64_t integer(int i) const { return arguments_[i].integer; }
-    float number(int i) const { return float(arguments_[i].number); }
+    int64_t integer(int i) const { return strtoll(arguments_[i].value.c_str(), nullptr, 10); }
+    float number(int i) const { return strtof(arguments_[i].value.c_str(), nullptr); }
     template <class T> Global<T> array(int i) {
+        T* data = reinterpret_cast<T*>(&bytes_[arguments_[i].offset]);
 #ifdef EMULATE_CHECKED
-        return View<T>(reinterpret_cast<T*>(&bytes_[arguments_[i].offset]), arrays_[i].get());
+        return View<T>(data, arrays_[i].get());
 #else
-        return reinterpret_cast<T*>(&bytes_[arguments_[i].offset]);
+        return data;
 #endif
     }
 
 private:
-    std::string folder_, bytes_, reports_;
-    std::ifstream in_;
+    std::string folder_, words_, bytes_;
+    size_t at_ = 0;  // in words_
     Settings settings_;
+    const char* kernel_ = nullptr;  // that is running
     std::vector<Argument> arguments_;
-    int64_t element_bytes_ = 0;
-    dim3 read_size() { unsigned x, y, z; in_ >> x >> y >> z; return dim3(x, y, z); }
-    std::string launch_report(const char* kernel) const;
+    Json reports_{'['};
 #ifdef EMULATE_CHECKED
-    std::vector<std::unique_ptr<Array>> arrays_;
+    std::vector<std::unique_ptr<Array>> arrays_;  // by position, like the arguments; nothing for numbers
 #endif
+
+    std::string word() {
+        const size_t end = words_.find_first_of(" \n", at_);
+        const std::string found = words_.substr(at_, end - at_);
+        at_ = end + 1;
+        return found;
+    }
+    int64_t integer_word() { return strtoll(word().c_str(), nullptr, 10); }
+    Json launch_report() const;
 };
 
 inline Job* running = nullptr;
-inline const char* running_kernel = "";
 
-inline std::string quoted(const std::string& text) {
-    std::string out = "\"";
-    for (char c : text) {
-        if (c == '"' || c == '\\') out += '\\';
-        out += static_cast<unsigned char>(c) < 32 ? ' ' : c;
-    }
-    return out + "\"";
-}
-
-inline Job::Job(const std::string& folder) : folder_(folder), in_(folder + "/job") {
-    std::ifstream arrays(folder + "/arrays", std::ios::binary);
-    bytes_.assign(std::istreambuf_iterator<char>(arrays), std::istreambuf_iterator<char>());
-    int order, often, seconds;
-    in_ >> order >> settings_.seed >> often >> settings_.limit >> seconds;
-    settings_.order = Order(order);
-    settings_.switch_often = often;
-    alarm(seconds);
+inline Job::Job(const std::string& folder)
+    : folder_(folder), words_(read_file(folder + "/job")), bytes_(read_file(folder + "/arrays")) {
+    settings_.order = Order(integer_word());
+    settings_.seed = uint64_t(integer_word());
+    settings_.switch_often = integer_word();
+    settings_.limit = integer_word();
+    alarm(unsigned(integer_word()));
 }
 
 template <class Body> void Job::launch(const char* kernel, const Body& body) {
-    if (!machine.problems.empty() && machine.problems.back().kind != "uninitialised") return;  // an earlier launch failed
-    running_kernel = kernel;
-    const dim3 grid = read_size(), block = read_size();
-    int count;
-    in_ >> count;
-    arguments_.assign(count, Argument());
+    auto size = [this] { unsigned x = integer_word(), y = integer_word(), z = integer_word(); return dim3(x, y, z); };
+    const dim3 grid = size(), block = size();
+    arguments_.assign(integer_word(), Argument());
     for (Argument& a : arguments_) {
-        in_ >> a.kind >> a.name;
-        if (a.kind == 'i') in_ >> a.integer;
-        if (a.kind == 'f') in_ >> a.number;
-        if (a.kind == 'a') in_ >> a.offset >> a.size >> a.integer;  // bytes from the start, elements, bytes of one
+        const bool is_array = word() == "array";
+        a.name = word();
+        if (is_array) a.offset = integer_word(), a.size = integer_word(), a.bytes = integer_word();
+        else a.value = word();
     }
 #ifdef EMULATE_CHECKED
-    arrays_.clear();
     findings = Findings();
-    for (const Argument& a : arguments_) arrays_.emplace_back(new Array(a.name, false, a.kind == 'a' ? a.size : 0, int(a.integer)));
+    arrays_.clear();
+    for (const Argument& a : arguments_) {
+        arrays_.emplace_back(a.bytes ? new Array(a.name, false, a.size, int(a.bytes)) : nullptr);
+    }
 #endif
-    machine.launch(settings_, grid, block, body);
-    reports_ += (reports_.empty() ? "" : ",\n") + launch_report(kernel);
-    running_kernel = "";
+    kernel_ = kernel;
+    const bool whole = machine.launch(settings_, grid, block, body);
+    reports_.add(launch_report());
+    kernel_ = nullptr;
+    if (!whole) throw Stop();  // what comes next would work with half a result
 }
 
-inline std::string Job::launch_report(const char* kernel) const {
-    std::string out = "{\"kernel\": " + quoted(kernel) + ", \"barriers\": " + std::to_string(machine.barriers);
+inline Json Job::launch_report() const {
+    Json report('{');
+    report.add("kernel", kernel_).add("barriers", machine.barriers);
 #ifdef EMULATE_CHECKED
-    auto number = [](const char* name, int64_t value) { return std::string(", \"") + name + "\": " + std::to_string(value); };
-    auto array_report = [&](Array& a) {
-        std::string one = "{\"name\": " + quoted(a.name) + ", \"space\": " + (a.shared ? "\"shared\"" : "\"global\"") + number("size", a.size) +
-                          number("element_bytes", a.bytes) + number("reads", a.reads) + number("writes", a.writes) + "}";
+    Json arrays('['), races('[');
+    auto add_array = [&arrays](Array& a) {
+        Json one('{');
+        one.add("name", a.name).add("space", a.shared ? "shared" : "global").add("size", a.size);
+        arrays.add(one.add("element_bytes", a.bytes).add("reads", a.reads).add("writes", a.writes));
         a.reads = a.writes = 0;  // a shared array outlives the launch
-        return one;
     };
-    std::string arrays, races;
-    for (size_t i = 0; i < arrays_.size(); i++) {
-        if (arguments_[i].kind == 'a') arrays += (arrays.empty() ? "" : ",\n ") + array_report(*arrays_[i]);
+    for (const auto& a : arrays_) {
+        if (a) add_array(*a);
     }
-    for (Array* a : findings.arrays) arrays += (arrays.empty() ? "" : ",\n ") + array_report(*a);
+    for (Array* a : findings.arrays) add_array(*a);
     for (const Race& r : findings.races) {
-        auto pair = [&](const char* name, int64_t a, int64_t b) { return std::string(", \"") + name + "\": [" + std::to_string(a) + ", " + std::to_string(b) + "]"; };
-        races += (races.empty() ? "" : ",\n ") + ("{\"array\": " + quoted(r.array)) + ", \"space\": " + (r.shared ? "\"shared\"" : "\"global\"") +
-                 number("element", r.element) + number("count", r.count) + pair("blocks", r.first.block, r.second.block) +
-                 pair("threads", r.first.thread, r.second.thread) + pair("lines", r.first.site.line, r.second.site.line) +
-                 ", \"kinds\": [" + (r.first_writes ? "\"write\"" : "\"read\"") + ", " + (r.second_writes ? "\"write\"" : "\"read\"") + "]" +
-                 ", \"files\": [" + quoted(r.first.site.file) + ", " + quoted(r.second.site.file) + "]}";
+        const Who &a = r.first, &b = r.second;
+        Json one('{');
+        one.add("array", r.array).add("space", r.shared ? "shared" : "global");
+        one.add("element", r.element).add("count", r.count);
+        one.add("blocks", a.block, b.block).add("threads", a.thread, b.thread).add("lines", a.site.line, b.site.line);
+        one.add("kinds", r.first_writes ? "write" : "read", r.second_writes ? "write" : "read");
+        races.add(one.add("files", a.site.file, b.site.file));
     }
-    out += ", \"arrays\": [" + arrays + "], \"races\": [" + races + "]";
+    report.add("arrays", arrays).add("races", races);
 #endif
-    return out + "}";
+    return report;
 }
 
 inline void Job::write_report() const {
-    std::string problems;
+    Json problems('['), launches = reports_;
+    if (kernel_) launches.add(launch_report());  // broke off
     for (const Problem& p : machine.problems) {
-        problems += (problems.empty() ? "" : ",\n ") + ("{\"kind\": " + quoted(p.kind)) + ", \"message\": " + quoted(p.message) +
-                    ", \"file\": " + quoted(p.site.file) + ", \"line\": " + std::to_string(p.site.line) +
-                    ", \"block\": " + std::to_string(p.block) + ", \"thread\": " + std::to_string(p.thread) + "}";
+        Json one('{');
+        one.add("kind", p.kind).add("message", p.message).add("file", p.site.file).add("line", p.site.line);
+        problems.add(one.add("block", p.block).add("thread", p.thread));
     }
-    std::string last = *running_kernel ? (reports_.empty() ? "" : ",\n") + launch_report(running_kernel) : "";  // broke off
-    std::ofstream(folder_ + "/report.json") << "{\"launches\": [" << reports_ << last << "],\n\"problems\": [" << problems << "]}\n";
+    write_file(folder_ + "/report.json", Json('{').add("launches", launches).add("problems", problems).text());
 }
 
-// The process is lost, but what is known can still be written down: we are on a stack of our own.
+// The process is lost, but what is known can still be written down: the handler has a stack of its own.
 inline void on_signal(int number) {
-    const char* what = number == SIGALRM ? "time limit" : "crash";
-    const char* why = number == SIGALRM   ? "the time is over: an endless loop?"
-                      : number == SIGSEGV ? "access to memory that is not there (a pointer, or an index of a thread's own array)"
-                      : number == SIGFPE  ? "integer division by zero"
-                      : number == SIGILL  ? "index outside a thread's own array"
-                                          : "bus error";
-    machine.note(what, why, machine.last_site);
+    const char* what = number == SIGALRM   ? "the time is over: an endless loop?"
+                       : number == SIGSEGV ? "access to memory that is not there (a pointer, or a thread's own array)"
+                       : number == SIGFPE  ? "integer division by zero"
+                       : number == SIGILL  ? "index outside a thread's own array"
+                                           : "bus error";
+    machine.note(number == SIGALRM ? "time limit" : "crash", what, machine.last_site);
     running->write_report();
     _exit(0);
 }
@@ -165,7 +213,10 @@ int main(int count, char** values) {
     for (int number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGALRM}) sigaction(number, &action, nullptr);
     emulate::Job job(values[1]);
     emulate::running = &job;
-    emulate_launches(job);
+    try {
+        emulate_launches(job);
+    } catch (const emulate::Stop&) {
+    }
     fflush(stdout);
     job.write_arrays();
     job.write_report();

@@ -1,13 +1,14 @@
 // Blocks and threads on a processor: each CUDA thread is a fibre with its own stack; blocks run one after the other.
 //
-// A fibre runs until it waits at a barrier or ends; then the next one runs, in the order of the schedule. When all threads
-// of a block wait at the same __syncthreads (or all lanes of a warp at the same warp operation), they go on. If nobody
-// can go on, some threads have missed a barrier: the launch stops with a Problem instead of hanging.
+// A fibre runs until it waits at a barrier or ends; then the next one runs, in the order of the schedule. When all
+// threads of a block wait at the same __syncthreads (or all lanes of a warp at the same warp operation), they go on. If
+// nobody can go on, some threads have missed a barrier: the launch stops with a Problem instead of hanging.
 //
-//   emulate::launch(settings, "name", grid, block, [=] { kernel(...); });      every thread calls the function once
+//   emulate::machine.launch(settings, grid, block, [=] { kernel(...); });      every thread calls the function once
 //
-// Order: `in order`, `reversed` and `random` decide who runs first between two barriers. A kernel without races gives the
-// same numbers under all of them. What it is not: parallel. Source: POSIX ucontext; setjmp switches twenty times faster.
+// Order: `in order`, `reversed` and `random` decide who runs first between two barriers. A kernel without races gives
+// the same numbers under all of them. What it is not: parallel.
+// Source: POSIX <ucontext.h> to start a fibre; setjmp to switch, which is twenty times faster since it asks no system.
 #pragma once
 #ifdef __APPLE__
 #define _XOPEN_SOURCE 700
@@ -72,14 +73,15 @@ class Machine {
 public:
     Settings settings;
     std::vector<Problem> problems;
-    int64_t steps = 0, block = 0, interval = 0, block_serial = 0, barriers = 0;
-    int thread = 0;
+    int64_t steps = 0, barriers = 0, block = 0;
+    int thread = 0, interval = 0, block_serial = 0;
+    Site last_site;
 
     template <class Body> bool launch(const Settings& s, dim3 grid, dim3 threads, const Body& body);
 
     void wait_for_block(const char* name, Site site) { count_step(site); wait(State::block_barrier, name, site); }
     void wait_for_warp(const char* name, Site site, unsigned mask) {
-        if (mask != 0xffffffffu) fail("warp mask", std::string(name) + ": the emulation knows full warps only (mask 0xffffffff)", site);
+        if (mask != 0xffffffffu) fail("warp mask", std::string(name) + " needs the mask 0xffffffff: all lanes", site);
         count_step(site);
         wait(State::warp_barrier, name, site);
     }
@@ -94,13 +96,12 @@ public:
     }
 
     int warp_interval() const { return fibres_[thread].warp_interval; }
-    int lanes() const { return std::min(WARP, count_ - thread / WARP * WARP); }
-    Site last_site;
 
     void count_step(Site site) {
         last_site = site;
         if (++steps > settings.limit) {
-            fail("step limit", "more than " + std::to_string(settings.limit) + " accesses and barriers: an endless loop?", site);
+            const std::string limit = std::to_string(settings.limit);
+            fail("step limit", "more than " + limit + " accesses and barriers: an endless loop?", site);
         }
     }
     void maybe_switch() {
@@ -133,11 +134,11 @@ private:
         return z ^ (z >> 31);
     }
 
-    template <class I> void arrange(std::vector<I>& order) {
+    template <class I> void arrange(std::vector<I>& order) {  // fills it with 0 .. n - 1 as the schedule wants it
         const size_t n = order.size();
-        if (settings.order == random_order) {
-            for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[next_random() % i]);
-        }
+        for (size_t i = 0; i < n; i++) order[i] = I(settings.order == reversed ? n - 1 - i : i);
+        if (settings.order != random_order) return;
+        for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[next_random() % i]);
     }
 
     static void enter();  // a fibre's first function
@@ -163,6 +164,10 @@ private:
         setcontext(&fibres_[i].context);
     }
 
+    // Do these two wait for the same thing?
+    static bool together(const Fibre& a, const Fibre& b) {
+        return a.state == b.state && a.site.line == b.site.line && !strcmp(a.operation, b.operation);
+    }
     void run_block();
     bool release();
     void report_divergence();
@@ -199,7 +204,6 @@ inline void Machine::run_block() {
     interval++;
     block_serial++;
     std::vector<int> order(count_);
-    for (int i = 0; i < count_; i++) order[i] = settings.order == reversed ? count_ - 1 - i : i;
     for (bool going = true; going && !stopped_; going = going || (!stopped_ && release())) {
         going = false;
         arrange(order);
@@ -212,33 +216,30 @@ inline void Machine::run_block() {
     }
 }
 
-// Nobody is ready: opens the barriers that are complete. False if the block has ended; a Problem if nothing opens.
+// Nobody is ready: opens the barriers that are complete. False if none is: the block has ended, or is stuck.
 inline bool Machine::release() {
     bool opened = false;
     for (int first = 0; first < count_; first += WARP) {
+        const Fibre& head = fibres_[first];
         const int last = std::min(first + WARP, count_);
-        bool complete = true;
-        for (int i = first; i < last; i++) {
-            const Fibre &f = fibres_[i], &g = fibres_[first];
-            complete = complete && f.state == State::warp_barrier && f.site.line == g.site.line && !strcmp(f.operation, g.operation);
-        }
+        bool complete = head.state == State::warp_barrier;
+        for (int i = first; i < last && complete; i++) complete = together(fibres_[i], head);
         if (!complete) continue;
         opened = true;
-        const bool orders_memory = !strcmp(fibres_[first].operation, "__syncwarp");  // shuffles do not
+        const bool orders_memory = !strcmp(head.operation, "__syncwarp");  // shuffles do not
         for (int i = first; i < last; i++) {
             fibres_[i].state = State::ready;
             fibres_[i].warp_interval += orders_memory;
         }
     }
     if (opened) return true;
-    int ended = 0;
-    bool complete = true;
+    int ended = 0, waiting = 0;
     for (const Fibre& f : fibres_) {
         ended += f.state == State::ended;
-        complete = complete && f.state == State::block_barrier && f.site.line == fibres_[0].site.line;
+        waiting += f.state == State::block_barrier && together(f, fibres_[0]);
     }
     if (ended == count_) return false;
-    if (!complete) {
+    if (waiting < count_) {
         report_divergence();
         return false;
     }
@@ -249,25 +250,24 @@ inline bool Machine::release() {
 }
 
 inline void Machine::report_divergence() {
-    int at = 0;  // the first thread that waits, and how many wait with it
-    while (fibres_[at].state == State::ended) at++;
-    const Fibre& waiting = fibres_[at];
-    int with = 0, other = -1;
+    thread = 0;  // the first thread that waits; how many wait with it; the first that does not
+    while (fibres_[thread].state == State::ended) thread++;
+    const Fibre& waiting = fibres_[thread];
     const bool warp = waiting.state == State::warp_barrier;
-    const int first = warp ? at / WARP * WARP : 0, last = warp ? std::min(first + WARP, count_) : count_;
+    const int first = warp ? thread / WARP * WARP : 0, last = warp ? std::min(first + WARP, count_) : count_;
+    int with = 0, other = -1;
     for (int i = first; i < last; i++) {
-        const Fibre& f = fibres_[i];
-        if (f.state == waiting.state && f.site.line == waiting.site.line && !strcmp(f.operation, waiting.operation)) with++;
+        if (fibres_[i].state != State::ended && together(fibres_[i], waiting)) with++;
         else if (other < 0) other = i;
     }
-    std::string message = std::string(waiting.operation) + " is reached by " + std::to_string(with) + " of " + std::to_string(last - first) +
-                          (warp ? " lanes of a warp: thread " : " threads of the block: thread ") + std::to_string(at) + " waits there, ";
+    std::string message = std::string(waiting.operation) + " is reached by " + std::to_string(with) + " of the " +
+                          std::to_string(last - first) + (warp ? " lanes of a warp" : " threads of the block");
     if (other >= 0) {
         const Fibre& f = fibres_[other];
-        message += "thread " + std::to_string(other);
-        message += f.state == State::ended ? " has ended" : std::string(" waits at ") + f.operation + " in line " + std::to_string(f.site.line);
+        message += ": thread " + std::to_string(other);
+        if (f.state == State::ended) message += " has ended";
+        else message += std::string(" waits at ") + f.operation + " in line " + std::to_string(f.site.line);
     }
-    thread = at;
     stopped_ = true;
     note("divergent barrier", message, waiting.site);
 }
@@ -283,18 +283,21 @@ template <class Body> bool Machine::launch(const Settings& s, dim3 grid, dim3 th
     blockDim = threads;
     count_ = int(threads.count());
     thread = 0;
-    if (count_ < 1 || count_ > 1024) {
-        block = 0;
-        note("launch", "a block has " + std::to_string(threads.count()) + " threads; CUDA allows 1 to 1024", last_site);
+    block = 0;
+    if (count_ < 1 || count_ > 1024 || grid.count() < 1) {
+        note("launch", std::to_string(grid.count()) + " blocks of " + std::to_string(threads.count()) +
+             " threads; CUDA wants at least 1 block, and 1 to 1024 threads in each", last_site);
         return false;
     }
     body_ = &body;
     call_ = [](const void* f) { (*static_cast<const Body*>(f))(); };
     fibres_.resize(count_);
     warps_.resize((count_ + WARP - 1) / WARP);
-    if (stack_count_ < count_) stacks_.reset(new char[int64_t(count_) * STACK]), stack_count_ = count_;  // pages come when touched
+    if (stack_count_ < count_) {
+        stacks_.reset(new char[int64_t(count_) * STACK]);  // costs no memory until it is touched
+        stack_count_ = count_;
+    }
     std::vector<int64_t> blocks(grid.count());
-    for (int64_t i = 0; i < int64_t(blocks.size()); i++) blocks[i] = settings.order == reversed ? blocks.size() - 1 - i : i;
     arrange(blocks);
     for (int64_t b : blocks) {
         block = b;
@@ -308,4 +311,6 @@ template <class Body> bool Machine::launch(const Settings& s, dim3 grid, dim3 th
 }  // namespace emulate
 
 inline void __syncthreads(EMULATE_HERE) { emulate::machine.wait_for_block("__syncthreads", {file, line}); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATE_HERE) { emulate::machine.wait_for_warp("__syncwarp", {file, line}, mask); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATE_HERE) {
+    emulate::machine.wait_for_warp("__syncwarp", {file, line}, mask);
+}

@@ -1,4 +1,4 @@
-// Half precision for a compiler without CUDA: __half and __nv_bfloat16 as 16 bits, rounded to the nearest, ties to even.
+// Half precision for a compiler without CUDA: __half and __nv_bfloat16 as 16 bits, rounded to nearest, ties to even.
 //
 // Only storage and conversion, no arithmetic: the kernels compute in float. Tensor cores' tf32 is a float with 10 bits
 // of fraction. Source: IEEE 754; PTX ISA for cvt.rna.tf32 (ties away from zero).

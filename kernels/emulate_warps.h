@@ -34,7 +34,7 @@ template <int K, class A, class B> void product(float d[4], const A& a, const B&
 }  // namespace emulate
 
 template <class T> T __shfl_sync(unsigned mask, T value, int from, int width = 32, EMULATE_HERE) {
-    return emulate::shuffle("__shfl_sync", mask, value, emulate::group(width) + (from & (width - 1)), {file, line});
+    return emulate::shuffle("__shfl_sync", mask, value, emulate::group(width) + from % width, {file, line});
 }
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, EMULATE_HERE) {
     const int from = emulate::lane() ^ bits;
@@ -43,11 +43,13 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width
 }
 template <class T> T __shfl_up_sync(unsigned mask, T value, int by, int width = 32, EMULATE_HERE) {
     const int from = emulate::lane() - by;
-    return emulate::shuffle("__shfl_up_sync", mask, value, from < emulate::group(width) ? emulate::lane() : from, {file, line});
+    const bool inside = from >= emulate::group(width);
+    return emulate::shuffle("__shfl_up_sync", mask, value, inside ? from : emulate::lane(), {file, line});
 }
 template <class T> T __shfl_down_sync(unsigned mask, T value, int by, int width = 32, EMULATE_HERE) {
     const int from = emulate::lane() + by;
-    return emulate::shuffle("__shfl_down_sync", mask, value, from < emulate::group(width) + width ? from : emulate::lane(), {file, line});
+    const bool inside = from < emulate::group(width) + width;
+    return emulate::shuffle("__shfl_down_sync", mask, value, inside ? from : emulate::lane(), {file, line});
 }
 
 inline void mma_m16n8k8_tf32(float d[4], const unsigned a[4], const unsigned b[2], EMULATE_HERE) {

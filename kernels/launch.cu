@@ -1,9 +1,10 @@
-// Launches the plain WKV-5 kernels on a GPU: what needs CUDA's <<< >>> and nothing else. See launch.h for the functions.
+// Launches the plain WKV-5 kernels on a GPU: what needs CUDA's <<< >>>. See launch.h for the functions.
 #include <type_traits>
 
 #include "wkv5_cuda.cu"
 
-template <class... P, class... A> void start(void* stream, int64_t grid, int block, void (*kernel)(P...), A... arguments) {
+template <class... P, class... A>
+void start(void* stream, int64_t grid, int block, void (*kernel)(P...), A... arguments) {
     kernel<<<dim3(unsigned(grid)), dim3(unsigned(block)), 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 static int finish() { return cudaGetLastError(); }

@@ -1,41 +1,47 @@
 // Starts the plain WKV-5 kernels: picks the instance for a head size and a number format. What launch.cu (nvcc) and
 // launch_emulated.cpp (C++) share; each defines `start(stream, grid, block, kernel, arguments...)` and `finish()`.
 //
-// Plain pointers, no torch. dtype of r, k, v, y, gy, gr, gk, gv: 0 float, 1 half, 2 bfloat16. Head sizes 16, 32, 64, 128.
+// Plain pointers, no torch. dtype of r, k, v, y, gy, gr, gk, gv: 0 float, 1 half, 2 bfloat16. N: 16, 32, 64 or 128.
 // gw, gu: (H, N), summed over the batch in float; `parts` is room for B H N floats. Result: 0, or an error code.
 #pragma once
 
-struct Sizes { int64_t B, T, H; };
+struct Inputs {
+    int64_t B, T, H;
+    const void *r, *k, *v;
+    const float *w, *u, *state;
+};
 
-template <int N, typename T>
-int forward(Sizes s, const void* r, const void* k, const void* v, const float* w, const float* u, const float* state, void* y,
-            float* last, void* stream) {
-    auto in = [](const void* x) { return static_cast<const T*>(x); };
-    if (s.B * s.H > 0) {
-        start(stream, s.B * s.H, N, wkv5_forward<N, T>, s.T, int(s.H), in(r), in(k), in(v), w, u, state, static_cast<T*>(y), last);
+template <int N, typename T> int forward(Inputs x, void* y, float* last, void* stream) {
+    auto in = [](const void* p) { return static_cast<const T*>(p); };
+    const int64_t blocks = x.B * x.H;
+    if (blocks > 0) {
+        start(stream, blocks, N, wkv5_forward<N, T>, x.T, int(x.H), in(x.r), in(x.k), in(x.v), x.w, x.u, x.state,
+              static_cast<T*>(y), last);
     }
     return finish();
 }
 
 template <int N, typename T>
-int backward(Sizes s, const void* r, const void* k, const void* v, const float* w, const float* u, const float* state,
-             const void* gy, const float* glast, void* gr, void* gk, void* gv, float* gw, float* gu, float* gstate,
-             float* parts, void* stream) {
-    auto in = [](const void* x) { return static_cast<const T*>(x); };
-    auto out = [](void* x) { return static_cast<T*>(x); };
-    const int64_t blocks = s.B * s.H, size = s.H * N;
+int backward(Inputs x, const void* gy, const float* glast, void* gr, void* gk, void* gv, float* gw, float* gu,
+             float* gstate, float* parts, void* stream) {
+    auto in = [](const void* p) { return static_cast<const T*>(p); };
+    auto out = [](void* p) { return static_cast<T*>(p); };
+    const int64_t blocks = x.B * x.H, size = x.H * N;
+    const int H = int(x.H);
     auto sum_over_batch = [&](float* total) {
-        start(stream, (size + 127) / 128, 128, wkv5_sum_over_batch, s.B, size, parts, total);
+        if (size > 0) start(stream, (size + 127) / 128, 128, wkv5_sum_over_batch, x.B, size, parts, total);
     };
-    if (s.H == 0) return finish();
     if (blocks > 0) {
-        start(stream, blocks, N, wkv5_backward_k<N, T>, s.T, int(s.H), in(r), in(v), w, u, in(gy), glast, out(gk));
-        start(stream, blocks, N, wkv5_backward_v<N, T>, s.T, int(s.H), in(r), in(k), w, u, in(gy), glast, out(gv), gstate);
-        start(stream, blocks, N, wkv5_backward_r<N, T>, s.T, int(s.H), in(r), in(k), in(v), w, u, state, in(gy), out(gr), parts);
+        start(stream, blocks, N, wkv5_backward_k<N, T>, x.T, H, in(x.r), in(x.v), x.w, x.u, in(gy), glast, out(gk));
+        start(stream, blocks, N, wkv5_backward_v<N, T>, x.T, H, in(x.r), in(x.k), x.w, x.u, in(gy), glast, out(gv),
+              gstate);
+        start(stream, blocks, N, wkv5_backward_r<N, T>, x.T, H, in(x.r), in(x.k), in(x.v), x.w, x.u, x.state, in(gy),
+              out(gr), parts);
     }
     sum_over_batch(gu);
     if (blocks > 0) {
-        start(stream, blocks, N, wkv5_backward_w<N, T>, s.T, int(s.H), in(r), in(k), in(v), w, state, in(gy), glast, parts);
+        start(stream, blocks, N, wkv5_backward_w<N, T>, x.T, H, in(x.r), in(x.k), in(x.v), x.w, x.state, in(gy), glast,
+              parts);
     }
     sum_over_batch(gw);
     return finish();
@@ -78,18 +84,20 @@ template <class F> int with_instance(int dtype, int N, const F& f) {
     }
 }
 
-extern "C" int wkv5_plain_forward(int dtype, int N, int64_t B, int64_t T, int64_t H, const void* r, const void* k, const void* v,
-                                  const float* w, const float* u, const float* state, void* y, float* last, void* stream) {
+extern "C" int wkv5_plain_forward(int dtype, int N, int64_t B, int64_t T, int64_t H, const void* r, const void* k,
+                                  const void* v, const float* w, const float* u, const float* state, void* y,
+                                  float* last, void* stream) {
     return with_instance(dtype, N, [=](auto n, auto t) {
-        return forward<decltype(n)::value, decltype(t)>({B, T, H}, r, k, v, w, u, state, y, last, stream);
+        return forward<decltype(n)::value, decltype(t)>({B, T, H, r, k, v, w, u, state}, y, last, stream);
     });
 }
 
-extern "C" int wkv5_plain_backward(int dtype, int N, int64_t B, int64_t T, int64_t H, const void* r, const void* k, const void* v,
-                                   const float* w, const float* u, const float* state, const void* gy, const float* glast,
-                                   void* gr, void* gk, void* gv, float* gw, float* gu, float* gstate, float* parts, void* stream) {
+extern "C" int wkv5_plain_backward(int dtype, int N, int64_t B, int64_t T, int64_t H, const void* r, const void* k,
+                                   const void* v, const float* w, const float* u, const float* state, const void* gy,
+                                   const float* glast, void* gr, void* gk, void* gv, float* gw, float* gu,
+                                   float* gstate, float* parts, void* stream) {
     return with_instance(dtype, N, [=](auto n, auto t) {
-        return backward<decltype(n)::value, decltype(t)>({B, T, H}, r, k, v, w, u, state, gy, glast, gr, gk, gv, gw, gu, gstate,
-                                                         parts, stream);
+        return backward<decltype(n)::value, decltype(t)>({B, T, H, r, k, v, w, u, state}, gy, glast, gr, gk, gv, gw,
+                                                         gu, gstate, parts, stream);
     });
 }

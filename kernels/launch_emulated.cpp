@@ -1,15 +1,25 @@
-// Runs the plain WKV-5 kernels, the very same source, on a processor. See launch.h for the functions, emulate.h for how.
+// Runs the plain WKV-5 kernels, the very same source, on a processor. See launch.h for the functions.
 #include <type_traits>
 
 #include "wkv5_cuda.cu"
 
+static thread_local std::string problem;
+
 template <class... P, class... A> void start(void*, int64_t grid, int block, void (*kernel)(P...), A... arguments) {
-    emulate::machine.launch(emulate::Settings(), dim3(unsigned(grid)), dim3(unsigned(block)), [=] { kernel(arguments...); });
+    auto body = [=] { kernel(arguments...); };
+    emulate::machine.launch(emulate::Settings(), dim3(unsigned(grid)), dim3(unsigned(block)), body);
 }
-static int finish() { return emulate::machine.problems.empty() ? 0 : 1; }
+
+static int finish() {
+    std::vector<emulate::Problem> problems;
+    problems.swap(emulate::machine.problems);
+    if (problems.empty()) return 0;
+    problem = problems[0].message;
+    return 1;
+}
 
 #include "launch.h"
 
 extern "C" const char* wkv5_error(int code) {
-    return code == -1 ? "no such head size or number format" : emulate::machine.problems.front().message.c_str();
+    return code == -1 ? "no such head size or number format" : problem.c_str();
 }

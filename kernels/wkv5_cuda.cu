@@ -14,13 +14,33 @@
 //     gw[j]   = (sum_t r_t[j] sum_i g_t[i] X[j, i] + the last state's share) log d[j],     log d = -exp(w)
 // Nothing is divided by d, which may underflow to zero.
 //
-// The decay is kept as f = 1 - d, the share that a step forgets: a decay near 1 has only a few good bits as a float,
-// f has them all. So "d S + kv" is written S + (kv - f S).
+// A decay near 1 is kept as the sum of two floats, d = d.value + d.rest: what a step forgets, 1 - d, has only a few good
+// bits if d is rounded to one float, and after a thousand steps that shows. So "d S + kv" takes two fmaf.
 //
 // r, k, v, y, g (B, T, H, N) float, half or bfloat16; w, u (H, N); states (B, H, N, N) as [key, value]; all else float.
-// Launch: grid B H, block N. What it is not: fast. Each of the T steps waits for the one before; see the chunked kernel.
+// Launch: grid B H, block N. What it is not: fast. Each of the T steps waits for the one before.
 // Source: "Eagle and Finch" (arXiv 2404.05892); the derivatives follow from the first two lines.
 #include "emulate.h"
+
+// [decay]
+struct Decay { float value, rest; };
+
+__device__ inline Decay decay(float raw_w) {
+    const float log_d = -expf(raw_w), value = expf(log_d);
+    return {value, value > 0.5f ? (1 - value) + expm1f(log_d) : 0};  // 1 - value is exact there
+}
+
+// [sum]
+// A long sum that carries along what rounding takes from it (Kahan).
+struct Sum {
+    float value = 0, lost = 0;
+    __device__ void add(float x) {
+        const float y = x - lost, next = value + y;
+        lost = (next - value) - y;
+        value = next;
+    }
+};
+// [end]
 
 // [forward: arguments]
 template <int N, typename T>
@@ -35,11 +55,14 @@ wkv5_forward(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glo
     const int64_t column = int64_t(blockIdx.x) * N * N + i;        // where my column lies in the states
 
     // [forward: shared memory]
-    SHARED(float, forget, N);
+    SHARED(float, d, N);
+    SHARED(float, d_rest, N);
     SHARED(float, bonus, N);
     SHARED(float, r_t, N);
     SHARED(float, k_t, N);
-    forget[i] = -expm1f(-expf(w[h * N + i]));
+    const Decay d_i = decay(w[h * N + i]);
+    d[i] = d_i.value;
+    d_rest[i] = d_i.rest;
     bonus[i] = u[h * N + i];
 
     // [forward: load the state]
@@ -60,7 +83,7 @@ wkv5_forward(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glo
         for (int j = 0; j < N; j++) {
             const float kv = k_t[j] * v_i;
             sum = fmaf(r_t[j], fmaf(bonus[j], kv, S[j]), sum);
-            S[j] += fmaf(-forget[j], S[j], kv);
+            S[j] = fmaf(d[j], S[j], fmaf(d_rest[j], S[j], kv));
         }
         y[now + i] = from_float<T>(sum);
     }
@@ -73,8 +96,9 @@ wkv5_forward(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glo
 // [gradient of r and u: arguments]
 template <int N, typename T>
 __global__ void __launch_bounds__(N, 1)
-wkv5_backward_r(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global<const T> v, Global<const float> w,
-                Global<const float> u, Global<const float> state, Global<const T> gy, Global<T> gr, Global<float> gu) {
+wkv5_backward_r(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global<const T> v,
+                Global<const float> w, Global<const float> u, Global<const float> state, Global<const T> gy,
+                Global<T> gr, Global<float> gu) {
     const int j = threadIdx.x;  // my row: key channel j
     const int b = blockIdx.x / heads, h = blockIdx.x % heads;
     const int64_t step = int64_t(heads) * N;
@@ -82,8 +106,10 @@ wkv5_backward_r(int64_t steps, int heads, Global<const T> r, Global<const T> k, 
     const int64_t row = int64_t(blockIdx.x) * N * N + j * N;
     SHARED(float, v_t, N);
     SHARED(float, g_t, N);
-    const float forget = -expm1f(-expf(w[h * N + j])), bonus = u[h * N + j];
-    float S[N], u_sum = 0;
+    const Decay d = decay(w[h * N + j]);
+    const float bonus = u[h * N + j];
+    float S[N];
+    Sum u_sum;
     for (int i = 0; i < N; i++) S[i] = state[row + i];
 
     // [gradient of r and u: one step]
@@ -101,20 +127,20 @@ wkv5_backward_r(int64_t steps, int heads, Global<const T> r, Global<const T> k, 
             const float v_i = v_t[i], g_i = g_t[i];
             gS = fmaf(g_i, S[i], gS);
             gv = fmaf(g_i, v_i, gv);
-            S[i] += fmaf(-forget, S[i], k_j * v_i);
+            S[i] = fmaf(d.value, S[i], fmaf(d.rest, S[i], k_j * v_i));
         }
         gr[now + j] = from_float<T>(fmaf(bonus * k_j, gv, gS));
-        u_sum = fmaf(r_j * k_j, gv, u_sum);
+        u_sum.add(r_j * k_j * gv);
     }
-    gu[int64_t(blockIdx.x) * N + j] = u_sum;  // (B, H, N): the batch is summed below
+    gu[int64_t(blockIdx.x) * N + j] = u_sum.value;  // (B, H, N): the batch is summed below
 }
 // [end]
 
 // [gradient of k: arguments]
 template <int N, typename T>
 __global__ void __launch_bounds__(N, 1)
-wkv5_backward_k(int64_t steps, int heads, Global<const T> r, Global<const T> v, Global<const float> w, Global<const float> u,
-                Global<const T> gy, Global<const float> glast, Global<T> gk) {
+wkv5_backward_k(int64_t steps, int heads, Global<const T> r, Global<const T> v, Global<const float> w,
+                Global<const float> u, Global<const T> gy, Global<const float> glast, Global<T> gk) {
     const int j = threadIdx.x;  // my row: key channel j
     const int b = blockIdx.x / heads, h = blockIdx.x % heads;
     const int64_t step = int64_t(heads) * N;
@@ -122,7 +148,8 @@ wkv5_backward_k(int64_t steps, int heads, Global<const T> r, Global<const T> v, 
     const int64_t row = int64_t(blockIdx.x) * N * N + j * N;
     SHARED(float, v_t, N);
     SHARED(float, g_t, N);
-    const float forget = -expm1f(-expf(w[h * N + j])), bonus = u[h * N + j];
+    const Decay d = decay(w[h * N + j]);
+    const float bonus = u[h * N + j];
     float Q[N];
     for (int i = 0; i < N; i++) Q[i] = glast[row + i];
 
@@ -140,7 +167,7 @@ wkv5_backward_k(int64_t steps, int heads, Global<const T> r, Global<const T> v, 
         for (int i = 0; i < N; i++) {
             const float rg = r_j * g_t[i];
             sum = fmaf(v_t[i], fmaf(bonus, rg, Q[i]), sum);
-            Q[i] += fmaf(-forget, Q[i], rg);
+            Q[i] = fmaf(d.value, Q[i], fmaf(d.rest, Q[i], rg));
         }
         gk[now + j] = from_float<T>(sum);
     }
@@ -150,18 +177,22 @@ wkv5_backward_k(int64_t steps, int heads, Global<const T> r, Global<const T> v, 
 // [gradient of v and the state: arguments]
 template <int N, typename T>
 __global__ void __launch_bounds__(N, 1)
-wkv5_backward_v(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global<const float> w, Global<const float> u,
-                Global<const T> gy, Global<const float> glast, Global<T> gv, Global<float> gstate) {
+wkv5_backward_v(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global<const float> w,
+                Global<const float> u, Global<const T> gy, Global<const float> glast, Global<T> gv,
+                Global<float> gstate) {
     const int i = threadIdx.x;  // my column: value channel i
     const int b = blockIdx.x / heads, h = blockIdx.x % heads;
     const int64_t step = int64_t(heads) * N;
     const int64_t first = b * steps * step + h * N;
     const int64_t column = int64_t(blockIdx.x) * N * N + i;
-    SHARED(float, forget, N);
+    SHARED(float, d, N);
+    SHARED(float, d_rest, N);
     SHARED(float, bonus, N);
     SHARED(float, r_t, N);
     SHARED(float, k_t, N);
-    forget[i] = -expm1f(-expf(w[h * N + i]));
+    const Decay d_i = decay(w[h * N + i]);
+    d[i] = d_i.value;
+    d_rest[i] = d_i.rest;
     bonus[i] = u[h * N + i];
     float Q[N];
     for (int j = 0; j < N; j++) Q[j] = glast[column + j * N];
@@ -180,7 +211,7 @@ wkv5_backward_v(int64_t steps, int heads, Global<const T> r, Global<const T> k, 
         for (int j = 0; j < N; j++) {
             const float rg = r_t[j] * g_i;
             sum = fmaf(k_t[j], fmaf(bonus[j], rg, Q[j]), sum);
-            Q[j] += fmaf(-forget[j], Q[j], rg);
+            Q[j] = fmaf(d[j], Q[j], fmaf(d_rest[j], Q[j], rg));
         }
         gv[now + i] = from_float<T>(sum);
     }
@@ -191,8 +222,9 @@ wkv5_backward_v(int64_t steps, int heads, Global<const T> r, Global<const T> k, 
 // [gradient of w: arguments]
 template <int N, typename T>
 __global__ void __launch_bounds__(N, 1)
-wkv5_backward_w(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global<const T> v, Global<const float> w,
-                Global<const float> state, Global<const T> gy, Global<const float> glast, Global<float> gw) {
+wkv5_backward_w(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global<const T> v,
+                Global<const float> w, Global<const float> state, Global<const T> gy, Global<const float> glast,
+                Global<float> gw) {
     constexpr int W = N < 64 ? N : 64;  // value channels at a time: two rows of W floats fit the registers
     const int j = threadIdx.x;          // my row: key channel j
     const int b = blockIdx.x / heads, h = blockIdx.x % heads;
@@ -201,8 +233,8 @@ wkv5_backward_w(int64_t steps, int heads, Global<const T> r, Global<const T> k, 
     const int64_t row = int64_t(blockIdx.x) * N * N + j * N;
     SHARED(float, v_t, N);
     SHARED(float, g_t, N);
-    const float log_d = -expf(w[h * N + j]), forget = -expm1f(log_d);
-    float total = 0;
+    const Decay d = decay(w[h * N + j]);
+    Sum total;
     for (int part = 0; part < N; part += W) {
         // [gradient of w: the state and its derivative]
         float S[W], X[W];
@@ -223,15 +255,15 @@ wkv5_backward_w(int64_t steps, int heads, Global<const T> r, Global<const T> k, 
             for (int i = 0; i < W; i++) {
                 sum = fmaf(g_t[part + i], X[i], sum);
                 X[i] += S[i];
-                X[i] -= forget * X[i];
-                S[i] += fmaf(-forget, S[i], k_j * v_t[part + i]);
+                X[i] = fmaf(d.value, X[i], d.rest * X[i]);
+                S[i] = fmaf(d.value, S[i], fmaf(d.rest, S[i], k_j * v_t[part + i]));
             }
-            total = fmaf(r_j, sum, total);
+            total.add(r_j * sum);
         }
         // [gradient of w: the last state's share]
-        for (int i = 0; i < W; i++) total = fmaf(glast[row + part + i], X[i], total);
+        for (int i = 0; i < W; i++) total.add(glast[row + part + i] * X[i]);
     }
-    gw[int64_t(blockIdx.x) * N + j] = total * log_d;  // (B, H, N): the batch is summed below
+    gw[int64_t(blockIdx.x) * N + j] = total.value * -expf(w[h * N + j]);  // (B, H, N): the batch is summed below
 }
 // [end]
 
@@ -240,8 +272,8 @@ wkv5_backward_w(int64_t steps, int heads, Global<const T> r, Global<const T> k, 
 __global__ void wkv5_sum_over_batch(int64_t batch, int64_t size, Global<const float> parts, Global<float> total) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= size) return;
-    float sum = 0;
-    for (int64_t b = 0; b < batch; b++) sum += parts[b * size + i];
-    total[i] = sum;
+    Sum sum;
+    for (int64_t b = 0; b < batch; b++) sum.add(parts[b * size + i]);
+    total[i] = sum.value;
 }
 // [end]

@@ -42,6 +42,8 @@ TYPES = {
     torch.int64: "int64_t",
 }
 FLAGS = ("-std=c++17", "-O1", "-g0", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+# Arrays that a kernel declares for a thread alone are plain C++: an index outside of them ends the process.
+CHECKED = ("-DEMULATE_CHECKED", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 FILE = "kernel.cu"  # the name that compiler messages and reports give to the source
 
 
@@ -147,7 +149,7 @@ class Report:
         return sum(c.bytes for arrays in chosen for c in arrays.values() if c.space == space)
 
     def __str__(self) -> str:
-        lines = [str(x) for x in (*self.problems, *self.races)]
+        lines = [str(x) for x in (*self.races, *self.problems)]
         return "\n".join(lines) if lines else "no race, no problem"
 
 
@@ -184,8 +186,9 @@ def launch(
         raise build.BuildError(f"emulated: {reason}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r}: choose from {', '.join(SCHEDULES)}")
+    driver = _driver(launches)
     tensors, offsets, job = _job(launches)
-    program = _compile(source, _driver(launches), checked)
+    program = _compile(source, driver, checked)
     settings = f"{SCHEDULES.index(schedule)} {seed} {int(switch_often)} {limit} {seconds}\n"
     with tempfile.TemporaryDirectory(prefix="rwkv-nb-") as name:
         folder = Path(name)
@@ -248,32 +251,37 @@ def _job(launches: list[Launch]) -> tuple[dict[str, Tensor], dict[str, int], str
         sizes = [(*((x,) if isinstance(x, int) else x), 1, 1)[:3] for x in (one.grid, one.block)]
         lines.append(" ".join(str(n) for size in sizes for n in size) + f" {len(one.arguments)}")
         for name, value in one.arguments.items():
+            if not name.isidentifier():
+                raise ValueError(f"argument name {name!r} is no name; use letters, digits and _")
             if not isinstance(value, Tensor):
-                lines.append(f"i {name} {int(value)}" if isinstance(value, int) else f"f {name} {value!r}")
+                lines.append(f"number {name} {int(value) if isinstance(value, bool) else value}")
                 continue
             if value.dtype not in TYPES or value.device.type != "cpu":
-                raise ValueError(
-                    f"{name} is {value.dtype} on {value.device}; choose a CPU tensor of {', '.join(map(str, TYPES))}"
-                )
+                kinds = ", ".join(map(str, TYPES))
+                raise ValueError(f"{name} is {value.dtype} on {value.device}; give a CPU tensor of {kinds}")
             if name not in tensors:
                 tensors[name], offsets[name] = value, end
                 end += _room(value)
             elif tensors[name] is not value:
                 raise ValueError(f"two different tensors are called {name}; give each array of a run its own name")
-            lines.append(f"a {name} {offsets[name]} {value.numel()} {value.element_size()}")
+            lines.append(f"array {name} {offsets[name]} {value.numel()} {value.element_size()}")
     return tensors, offsets, "\n".join(lines) + "\n"
 
 
 def _driver(launches: list[Launch]) -> str:
     """The function that the program around the kernel calls: one line a launch."""
+
+    def argument(i: int, name: str, value: Tensor | int | float) -> str:
+        if isinstance(value, Tensor):
+            return f"job.array<{TYPES[value.dtype]}>({i})"
+        if isinstance(value, (int, float)):
+            return f"job.{'integer' if isinstance(value, int) else 'number'}({i})"
+        raise ValueError(f"argument {name} is a {type(value).__name__}; give a tensor, an int or a float")
+
     lines = []
     for one in launches:
-        kinds = {int: "job.integer({})", float: "job.number({})"}
-        values = [
-            f"job.array<{TYPES[x.dtype]}>({i})" if isinstance(x, Tensor) else kinds[type(x)].format(i)
-            for i, x in enumerate(one.arguments.values())
-        ]
-        lines.append(f'    job.launch("{one.name}", [&] {{ {one.kernel}({", ".join(values)}); }});')
+        values = ", ".join(argument(i, *item) for i, item in enumerate(one.arguments.items()))
+        lines.append(f'    job.launch("{one.name}", [&] {{ {one.kernel}({values}); }});')
     return "void emulate_launches(emulate::Job& job) {\n" + "\n".join(lines) + "\n}\n"
 
 
@@ -289,7 +297,7 @@ def _compile(source: str, driver: str, checked: bool) -> Path:
             out.write(text)
         os.replace(temporary, file)
     flags = [*FLAGS, f"-I{build.kernels_folder()}"]
-    flags += ["-DEMULATE_CHECKED"] if checked else []
+    flags += CHECKED if checked else []
     try:
         return build.build("emulated_kernel", (str(file),), tuple(flags))
     except build.BuildError as error:
