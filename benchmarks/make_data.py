@@ -132,9 +132,9 @@ def main() -> None:
                     for _ in range(args.repeat)]
             best = {label: min(run[label][0] for run in runs) for label in commands}
             for label in commands:
-                ratio = f"   make_data is {best[label] / best['make_data']:.1f} times as fast" * (label != "make_data")
-                print(f"epochs {n}: {label:10} {best[label]:6.2f} s  {max(run[label][1] for run in runs):5.0f} MB{ratio}",
-                      flush=True)
+                peak, times = max(run[label][1] for run in runs), best[label] / best["make_data"]
+                ratio = f"   make_data is {times:.1f} times as fast" if label != "make_data" else ""
+                print(f"epochs {n}: {label:10} {best[label]:6.2f} s  {peak:5.0f} MB{ratio}", flush=True)
             if not args.only and (folder / "ours.bin").read_bytes() != (folder / "theirs.bin").read_bytes():
                 raise SystemExit("the two wrote different tokens")
 

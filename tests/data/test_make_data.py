@@ -297,14 +297,14 @@ def test_trouble_in_a_worker_reaches_the_user(tmp_path, monkeypatch, capfd):
     (tmp_path / "lib" / "trouble.py").write_text(TROUBLE)
     monkeypatch.syspath_prepend(tmp_path / "lib")  # workers inherit it
     trouble = importlib.import_module("trouble")
-    source = write_lines(tmp_path / "in.jsonl", ["a", "b"])
+    source, before = write_lines(tmp_path / "in.jsonl", ["a", "b"]), psutil.Process().children()
     for kind, error, message in ((trouble.Dying, ChildProcessError, "a worker process died.*-9.*fewer workers"),
                                  (trouble.Failing, ValueError, "headache"),
                                  (trouble.Odder, RuntimeError, "Odd in a worker process: lost in the post"),
                                  (trouble.Homesick, ValueError, "no such file there.*use workers=1")):
         with pytest.raises(error, match=message):
             make_data(source, tmp_path / "out", 1, 1, 0, workers=2, tokenizer=kind())
-        assert psutil.Process().children() == []
+        assert psutil.Process().children() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "lib"]
     make_data(source, tmp_path / "out", 1, 1, 0, workers=2, tokenizer=trouble.Chatty())
     assert_official(tmp_path / "out", source, 1, 0)
@@ -315,13 +315,13 @@ def test_trouble_in_a_worker_reaches_the_user(tmp_path, monkeypatch, capfd):
 def test_a_large_file_is_tokenised_beside_us_unless_the_tokenizer_is_a_custom_one(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "BATCH", 500)
     source = write_lines(tmp_path / "in.jsonl", [f"document {i} " + "müsli " * (i % 17) for i in range(300)])
-    started, real = [], encoders._Process
+    started, real, before = [], encoders._Process, psutil.Process().children()
     monkeypatch.setattr(encoders, "_Process", lambda *args, **options: started.append(1) or real(*args, **options))
     make_data(source, tmp_path / "small", 2, 1, 5)
     assert started == []
     monkeypatch.setattr(module, "LARGE", source.stat().st_size)
     make_data(source, tmp_path / "large", 2, 1, 5)
-    assert started == [1] and psutil.Process().children() == []
+    assert started == [1] and psutil.Process().children() == before
     make_data(source, tmp_path / "custom", 2, 1, 5, tokenizer=Unpicklable())
     assert started == [1]
     for name in ("small", "large", "custom"):
@@ -441,9 +441,9 @@ def test_killed_at_any_moment_it_leaves_the_old_pair_or_the_new_one(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-@pytest.mark.parametrize("workers", [1, 2])  # 1: one beside it, since the file is large
-def test_workers_end_silently_when_their_parent_is_killed(tmp_path, workers):
-    write_lines(tmp_path / "in.jsonl", ["some words " * 2000] * 400)
+@pytest.mark.parametrize(("workers", "lines"), [(1, 400), (2, 2)])  # its answers fill the pipe; they wait for questions
+def test_workers_end_silently_when_their_parent_is_killed(tmp_path, workers, lines):
+    write_lines(tmp_path / "in.jsonl", ["some words " * 2000] * lines)
     parent = psutil.Popen([sys.executable, "-c", HELD, str(workers)], cwd=tmp_path,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert parent.stdout.readline() == b"go\n"
@@ -458,8 +458,9 @@ HELD = """
 import sys, time
 from rwkv_nb.data import make_data as m
 
-def collect(path, batches, *rest):  # the workers have answered once, and go on until the pipes are full
+def collect(path, batches, *rest):  # a worker has answered once; then nobody reads any more
     next(batches)
+    time.sleep(0.5)
     print("go", flush=True)
     time.sleep(60)
 
