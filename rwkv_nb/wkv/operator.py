@@ -21,9 +21,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import chunked, reference
+from . import chunked, emulated, reference
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "emulated": emulated}
 PLAIN = ("reference", "chunked")  # plain PyTorch: any device, any head size, float64 too
 
 

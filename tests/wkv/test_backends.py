@@ -1,0 +1,142 @@
+"""Every backend that this machine has against float64, through `wkv5` itself: random and adversarial input.
+
+Tolerances, relative to the largest number of each tensor: TOLERANCE for float32; for half precision the rounding of what
+comes out is added. The gradient of w is a sum of terms larger than itself, hence wider.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rwkv_nb.wkv import backends, wkv5, wkv5_chunked, wkv5_reference
+
+NAMES = ("y", "last", "r", "k", "v", "w", "u", "state")
+TOLERANCE = dict.fromkeys(NAMES, 2e-6) | {"w": 1e-5}
+NATIVE = ("cpu", "emulated", "cuda")
+FLOAT32 = [*("reference", "chunked"), *NATIVE]
+
+
+@pytest.fixture(params=FLOAT32)
+def backend(request):
+    found = backends().get(request.param, "not built yet")
+    if found != "available":
+        pytest.skip(f"backend {request.param}: {found}")
+    return request.param
+
+
+def inputs(B, T, H, N, low=-6.0, high=-1.0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(T * N + B)
+    r, k, v = (torch.randn(B, T, H, N, generator=g).to(dtype) for _ in range(3))
+    w = torch.empty(H, N).uniform_(low, high, generator=g)
+    u, state = torch.randn(H, N, generator=g), torch.randn(B, H, N, N, generator=g)
+    return [r, k, v, w, u, state]
+
+
+def everything(function, tensors):
+    """y, last and the six gradients in one fixed direction, as float64 on the CPU."""
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    y, last = function(*tensors)
+    g = torch.Generator().manual_seed(3)
+    directions = [torch.randn(x.shape, generator=g).bfloat16().to(x) for x in (y, last)]  # bfloat16: the same for all
+    grads = torch.autograd.grad([y, last], tensors, directions, allow_unused=True, materialize_grads=True)
+    return {name: x.detach().double().cpu() for name, x in zip(NAMES, (y, last, *grads), strict=True)}
+
+
+def worst(backend, tensors, exact=wkv5_reference):
+    """Per tensor: the largest error over the largest number."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    got = everything(lambda *x: wkv5(*x, backend=backend), [x.to(device) for x in tensors])
+    want = everything(exact, [x.double() for x in tensors])
+    assert all(torch.isfinite(x).all() for x in got.values())
+    tiny = torch.finfo(torch.float32).tiny
+    return {n: float((got[n] - want[n]).abs().max() / want[n].abs().max().clamp_min(tiny)) if want[n].numel() else 0.0
+            for n in NAMES}  # fmt: skip
+
+
+def agree(backend, tensors, tolerance=TOLERANCE, **kwargs):
+    found = worst(backend, tensors, **kwargs)
+    assert all(found[name] <= tolerance[name] for name in NAMES), found
+
+
+@pytest.mark.parametrize("T", [0, 1, 2, 15, 16, 17, 31, 32, 33, 65])
+def test_any_length(backend, T):
+    agree(backend, inputs(2, T, 2, 16))
+
+
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
+def test_head_sizes(backend, N):
+    agree(backend, inputs(1, 19, 1, N))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-10, -10), (-10, 4), (-1, 1.5), (1.5, 3), (4, 4)])
+def test_every_decay(backend, low, high):
+    agree(backend, inputs(1, 50, 2, 16, low, high))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [1, 37])
+def test_half_precision_rounds_only_what_comes_out(backend, dtype, T):
+    # The float64 truth starts from the same rounded inputs, so only the rounding of results is left.
+    half = torch.finfo(dtype).eps / 2
+    tolerance = TOLERANCE | {name: half + 2e-6 for name in ("y", "r", "k", "v")}
+    agree(backend, inputs(2, T, 2, 16, dtype=dtype), tolerance)
+
+
+@pytest.mark.parametrize("zero", range(6))
+def test_zeros(backend, zero):
+    tensors = inputs(1, 33, 1, 16)
+    tensors[zero] = torch.zeros_like(tensors[zero])
+    agree(backend, tensors)
+
+
+def test_everything_zero(backend):
+    got = everything(lambda *x: wkv5(*x, backend=backend), [torch.zeros_like(x).to("cuda" if backend == "cuda" else "cpu")
+                                                            for x in inputs(1, 20, 1, 16)])  # fmt: skip
+    assert all(not x.any() for name, x in got.items() if name in ("y", "last", "w", "u"))
+
+
+def test_denormal_numbers(backend):
+    r, k, v, w, u, state = inputs(1, 33, 1, 16)
+    found = worst(backend, [r, k * 1e-40, v, w, u, state * 1e-40])
+    # The numbers themselves have few bits left: 1e-40 is 71,000 times the smallest float32.
+    assert all(found[name] < 1e-4 for name in ("y", "last", "k", "state")), found
+
+
+def test_a_large_range_of_numbers(backend):
+    r, k, v, w, u, state = inputs(1, 40, 1, 16)
+    scale = torch.logspace(-12, 12, 16)
+    agree(backend, [r, k * scale, v, w, u, state])
+
+
+@pytest.mark.parametrize("low", [-10.0, -3.0])
+def test_a_hundred_thousand_steps(backend, low):
+    if backend == "emulated":
+        pytest.skip("the emulator runs thread by thread: 10,000 steps are tested in test_emulated.py")
+    if backend == "reference":
+        pytest.skip("the loop itself keeps 100,000 states for its gradients")
+    # float64 chunks, equal to the loop to 1e-12 (test_wkv5.py), stand in for the loop.
+    tolerance = dict.fromkeys(NAMES, 2e-5) | {"w": 1e-4}
+    agree(backend, inputs(1, 100_000, 1, 16, low, low + 4), tolerance, exact=wkv5_chunked)
+
+
+def test_inputs_are_never_changed(backend):
+    tensors = [x.to("cuda" if backend == "cuda" else "cpu") for x in inputs(1, 20, 2, 16)]
+    copies = [x.clone() for x in tensors]
+    everything(lambda *x: wkv5(*x, backend=backend), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_a_kernel_cannot_do_is_said(name):
+    if backends().get(name) != "available":
+        pytest.skip(f"backend {name} is not available here")
+    device = "cuda" if name == "cuda" else "cpu"
+    tensors = [x.to(device) for x in inputs(1, 3, 1, 16)]
+    with pytest.raises(ValueError, match="float64.*use reference or chunked"):
+        wkv5(*(x.double() for x in tensors), backend=name)
+    with pytest.raises(ValueError, match="r is on meta; expected"):
+        wkv5(*(x.to("meta") for x in tensors), backend=name)
+    if name != "cpu":  # it takes any
+        with pytest.raises(ValueError, match="head size 24 is none of 16, 32, 64, 128; use chunked"):
+            wkv5(*(x.to(device) for x in inputs(1, 3, 1, 24)), backend=name)
