@@ -1,7 +1,7 @@
 """Every backend that this machine has against float64, through `wkv5` itself: random and adversarial input.
 
-Tolerances, relative to the largest number of each tensor: TOLERANCE for float32; for half precision the rounding of what
-comes out is added. The gradient of w is a sum of terms larger than itself, hence wider.
+Tolerances, relative to the largest number of each tensor: TOLERANCE for float32; for half precision the rounding of
+what comes out is added. The gradient of w is a sum of terms larger than itself, hence wider.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def test_zeros(backend, zero):
 
 
 def test_everything_zero(backend):
-    got = everything(lambda *x: wkv5(*x, backend=backend), [torch.zeros_like(x).to("cuda" if backend == "cuda" else "cpu")
-                                                            for x in inputs(1, 20, 1, 16)])  # fmt: skip
+    device = "cuda" if backend == "cuda" else "cpu"
+    nothing = [torch.zeros_like(x).to(device) for x in inputs(1, 20, 1, 16)]
+    got = everything(lambda *x: wkv5(*x, backend=backend), nothing)
     assert all(not x.any() for name, x in got.items() if name in ("y", "last", "w", "u"))
 
 
