@@ -227,4 +227,6 @@ template <class T, int n> struct SharedArray {
 
 }  // namespace emulate
 
-template <class T> T atomicAdd(emulate::View<T> x, T value, EMULATE_HERE) { return x.atomic_add(value, {file, line}); }
+template <class T> T atomicAdd(emulate::View<T> x, std::common_type_t<T> value, EMULATE_HERE) {
+    return x.atomic_add(value, {file, line});
+}

@@ -137,6 +137,7 @@ template <class Body> void Job::launch(const char* kernel, const Body& body) {
         arrays_.emplace_back(a.bytes ? new Array(a.name, false, a.size, int(a.bytes)) : nullptr);
     }
 #endif
+    machine.problems.clear();
     kernel_ = kernel;
     const bool whole = machine.launch(settings_, grid, block, body);
     reports_.add(launch_report());
@@ -146,7 +147,13 @@ template <class Body> void Job::launch(const char* kernel, const Body& body) {
 
 inline Json Job::launch_report() const {
     Json report('{');
-    report.add("kernel", kernel_).add("barriers", machine.barriers);
+    Json problems('[');
+    for (const Problem& p : machine.problems) {
+        Json one('{');
+        one.add("kind", p.kind).add("message", p.message).add("file", p.site.file).add("line", p.site.line);
+        problems.add(one.add("block", p.block).add("thread", p.thread));
+    }
+    report.add("kernel", kernel_).add("barriers", machine.barriers).add("problems", problems);
 #ifdef EMULATE_CHECKED
     Json arrays('['), races('[');
     auto add_array = [&arrays](Array& a) {
@@ -174,14 +181,9 @@ inline Json Job::launch_report() const {
 }
 
 inline void Job::write_report() const {
-    Json problems('['), launches = reports_;
+    Json launches = reports_;
     if (kernel_) launches.add(launch_report());  // broke off
-    for (const Problem& p : machine.problems) {
-        Json one('{');
-        one.add("kind", p.kind).add("message", p.message).add("file", p.site.file).add("line", p.site.line);
-        problems.add(one.add("block", p.block).add("thread", p.thread));
-    }
-    write_file(folder_ + "/report.json", Json('{').add("launches", launches).add("problems", problems).text());
+    write_file(folder_ + "/report.json", launches.text());
 }
 
 // The process is lost, but what is known can still be written down: the handler has a stack of its own.

@@ -1,8 +1,7 @@
 """The CUDA kernels' own source, run on the processor: a backend of `wkv5`, and a bench for kernels under trial.
 
-As a backend it compiles `kernels/wkv5_cuda.cu` once per head size and number format with the C++ compiler (about a
-second) and runs it block by block, thread by thread: right, deterministic, and slow. CPU tensors; heads of 16, 32, 64
-or 128 channels.
+As a backend it compiles `kernels/wkv5_cuda.cu` once per head size with the C++ compiler (two or three seconds) and
+runs it block by block, thread by thread: right, deterministic, and slow. CPU tensors; heads of 16, 32, 64 or 128.
 
 `run` takes the text of a kernel instead, ours with a line changed or the reader's own, runs it with every access
 checked (see `emulator.py`), and returns results, races, problems and counts:
@@ -48,10 +47,9 @@ def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def _library(N: int, dtype: torch.dtype) -> ctypes.CDLL:
-    only = [f"-DWKV5_HEAD_SIZE={N}", f"-DWKV5_DTYPE={DTYPES[dtype]}"]
+def _library(N: int) -> ctypes.CDLL:
     try:
-        library = build.load("wkv5_emulated", ["launch_emulated.cpp"], [*FLAGS, *only])
+        library = build.load("wkv5_emulated", ["launch_emulated.cpp"], [*FLAGS, f"-DWKV5_HEAD_SIZE={N}"])
     except build.BuildError as error:
         _failure[:] = [str(error)]
         raise
@@ -61,7 +59,7 @@ def _library(N: int, dtype: torch.dtype) -> ctypes.CDLL:
 
 def _call(function: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], tensors: list[Tensor]) -> None:
     B, T, H, N = sizes
-    library = _library(N, dtype)
+    library = _library(N)
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
     numbers = [ctypes.c_int(DTYPES[dtype]), ctypes.c_int(N), *(ctypes.c_int64(n) for n in (B, T, H))]
     code = getattr(library, function)(*numbers, *pointers, ctypes.c_void_p())

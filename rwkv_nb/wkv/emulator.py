@@ -41,18 +41,18 @@ TYPES = {
     torch.int32: "int",
     torch.int64: "int64_t",
 }
-FLAGS = ("-std=c++17", "-O1", "-g0", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-Og", "-g0", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 # Arrays that a kernel declares for a thread alone are plain C++: an index outside of them ends the process.
 CHECKED = ("-DEMULATE_CHECKED", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 FILE = "kernel.cu"  # the name that compiler messages and reports give to the source
 
 
 class KernelError(ValueError):
-    """The source does not compile: the first message of the compiler, the line of the source and its text."""
+    """The source does not compile: the compiler's first message, and the line of the source (None: no line of it)."""
 
-    def __init__(self, message: str, line: int | None, text: str, log: Path | None):
-        where = f"line {line}: {text.strip()}" if line else "after the last line (a brace missing?)"
-        super().__init__(f"the kernel does not compile, {where}\n  {message}" + (f"\n  full log: {log}" if log else ""))
+    def __init__(self, message: str, line: int | None, text: str, log: Path):
+        where = f"line {line}: {text.strip()}" if line else "where it is launched"
+        super().__init__(f"the kernel does not compile, {where}\n  {message}\n  full log: {log}")
         self.message, self.line, self.text, self.log = message, line, text, log
 
 
@@ -84,13 +84,15 @@ class Race:
     threads: tuple[int, int]
     kinds: tuple[str, str]  # "read" or "write"
     lines: tuple[int, int]
+    files: tuple[str, str]  # "kernel.cu" is the source given
 
     def __str__(self) -> str:
-        (a, b), (p, q), (x, y), (m, n) = self.threads, self.blocks, self.kinds, self.lines
+        (a, b), (p, q), (x, y) = self.threads, self.blocks, self.kinds
+        m, n = (_place(*where) for where in zip(self.files, self.lines, strict=True))
         who = (f"thread {a}", f"thread {b}") if p == q else (f"thread {a} of block {p}", f"thread {b} of block {q}")
         return (
-            f"race in {self.space} array {self.array}, element {self.element}: {who[0]} {x}s (line {m}), "
-            f"{who[1]} {y}s (line {n}), no barrier between"
+            f"race in {self.space} array {self.array}, element {self.element}: {who[0]} {x}s ({m}), "
+            f"{who[1]} {y}s ({n}), no barrier between"
         )
 
 
@@ -98,14 +100,16 @@ class Race:
 class Problem:
     """Why a launch stopped; or a read of shared memory that nobody wrote ("uninitialised", which stops nothing)."""
 
+    kernel: str
     kind: str
     message: str
-    line: int  # of the source; 0: unknown
+    file: str
+    line: int  # 0: unknown
     block: int
     thread: int
 
     def __str__(self) -> str:
-        where = f"line {self.line}, " if self.line else ""
+        where = f"{_place(self.file, self.line)}, " if self.line else ""
         return f"{self.kind}: {where}block {self.block}, thread {self.thread}: {self.message}"
 
 
@@ -186,9 +190,8 @@ def launch(
         raise build.BuildError(f"emulated: {reason}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r}: choose from {', '.join(SCHEDULES)}")
-    driver = _driver(launches)
     tensors, offsets, job = _job(launches)
-    program = _compile(source, driver, checked)
+    program = _compile(source, _driver(launches), checked)
     settings = f"{SCHEDULES.index(schedule)} {seed} {int(switch_often)} {limit} {seconds}\n"
     with tempfile.TemporaryDirectory(prefix="rwkv-nb-") as name:
         folder = Path(name)
@@ -202,31 +205,35 @@ def launch(
         except subprocess.TimeoutExpired:
             printed, died = "", f"killed after {seconds + 10} seconds"
         report = folder / "report.json"
-        found = json.loads(report.read_text()) if report.exists() else _lost(died)
+        found = json.loads(report.read_text()) if report.exists() else _lost(launches[0].name, died)
         data = bytearray((folder / "arrays").read_bytes())
     arrays = {name: _tensor(data, offsets[name], x) for name, x in tensors.items()}
     return _report(arrays, found, printed)
 
 
-def _report(arrays: dict[str, Tensor], found: dict, printed: str) -> Report:
-    races, counts, barriers = [], {}, {}
-    for one in found["launches"]:
+def _place(file: str, line: int) -> str:
+    return f"line {line}" if file in (FILE, "") else f"line {line} of {Path(file).name}"
+
+
+def _report(arrays: dict[str, Tensor], found: list[dict], printed: str) -> Report:
+    races, problems, counts, barriers = [], [], {}, {}
+    for one in found:
         kernel = one["kernel"]
+        problems += [Problem(kernel, **p) for p in one["problems"]]
         barriers[kernel] = barriers.get(kernel, 0) + one["barriers"]
         for race in one.get("races", ()):
-            fixed = {n: tuple(race[n]) for n in ("blocks", "threads", "kinds", "lines")}
-            races.append(Race(kernel, race["array"], race["space"], race["element"], race["count"], **fixed))
+            races.append(Race(kernel, **{n: tuple(x) if isinstance(x, list) else x for n, x in race.items()}))
         for a in one.get("arrays", ()):
             old = counts.setdefault(kernel, {}).get(a["name"])
             reads, writes = a["reads"] + (old.reads if old else 0), a["writes"] + (old.writes if old else 0)
             counts[kernel][a["name"]] = Count(a["space"], a["size"], a["element_bytes"], reads, writes)
-    problems = [Problem(p["kind"], p["message"], p["line"], p["block"], p["thread"]) for p in found["problems"]]
     return Report(arrays, races, problems, counts, barriers, printed)
 
 
-def _lost(message: str) -> dict:
+def _lost(kernel: str, message: str) -> list[dict]:
     """Stands for the report of a process that died without one."""
-    return {"launches": [], "problems": [{"kind": "crash", "message": message, "line": 0, "block": 0, "thread": 0}]}
+    problem = {"kind": "crash", "message": message, "file": "", "line": 0, "block": 0, "thread": 0}
+    return [{"kernel": kernel, "barriers": 0, "problems": [problem]}]
 
 
 def _room(x: Tensor) -> int:
@@ -253,6 +260,8 @@ def _job(launches: list[Launch]) -> tuple[dict[str, Tensor], dict[str, int], str
         for name, value in one.arguments.items():
             if not name.isidentifier():
                 raise ValueError(f"argument name {name!r} is no name; use letters, digits and _")
+            if not isinstance(value, (Tensor, int, float)):
+                raise ValueError(f"argument {name} is a {type(value).__name__}; give a tensor, an int or a float")
             if not isinstance(value, Tensor):
                 lines.append(f"number {name} {int(value) if isinstance(value, bool) else value}")
                 continue
@@ -271,16 +280,14 @@ def _job(launches: list[Launch]) -> tuple[dict[str, Tensor], dict[str, int], str
 def _driver(launches: list[Launch]) -> str:
     """The function that the program around the kernel calls: one line a launch."""
 
-    def argument(i: int, name: str, value: Tensor | int | float) -> str:
+    def argument(i: int, value: Tensor | int | float) -> str:
         if isinstance(value, Tensor):
             return f"job.array<{TYPES[value.dtype]}>({i})"
-        if isinstance(value, (int, float)):
-            return f"job.{'integer' if isinstance(value, int) else 'number'}({i})"
-        raise ValueError(f"argument {name} is a {type(value).__name__}; give a tensor, an int or a float")
+        return f"job.{'integer' if isinstance(value, int) else 'number'}({i})"
 
     lines = []
     for one in launches:
-        values = ", ".join(argument(i, *item) for i, item in enumerate(one.arguments.items()))
+        values = ", ".join(argument(i, value) for i, value in enumerate(one.arguments.values()))
         lines.append(f'    job.launch("{one.name}", [&] {{ {one.kernel}({values}); }});')
     return "void emulate_launches(emulate::Job& job) {\n" + "\n".join(lines) + "\n}\n"
 
@@ -309,12 +316,14 @@ def _compile(source: str, driver: str, checked: bool) -> Path:
 def _explain(log: Path, source: str) -> KernelError:
     """The first error of a compiler's log, with the line of the reader's source that it, or its cause, points to."""
     text = log.read_text(errors="replace")
-    message = re.search(r"(?:fatal )?error: (.*)", text)
-    mine = re.search(rf"^{re.escape(FILE)}:(\d+):\d+: (?:fatal )?error: (.*)", text, re.MULTILINE)
-    cause = re.search(rf"^{re.escape(FILE)}:(\d+):\d+: +(?:required from|note:)", text, re.MULTILINE)
+    place = rf"^{re.escape(FILE)}:(\d+):\d+: +"
+    first = re.search(r"(?:fatal )?error: (.*)", text)
+    mine = re.search(place + r"(?:fatal )?error: (.*)", text, re.MULTILINE)
+    cause = re.search(place + r"(?:required from|note:)", text, re.MULTILINE)
+    message = (mine.group(2) if mine else first.group(1)) if first else "the compiler failed"
+    if not mine and re.search(r"expected .\}. at end of input|expected '\}'", text):
+        message = "this brace is never closed"
     found = mine or cause
     line = int(found.group(1)) if found else None
     lines = source.splitlines()
-    shown = lines[line - 1] if line and line <= len(lines) else ""
-    what = mine.group(2) if mine else message.group(1) if message else "the compiler failed"
-    return KernelError(what, line, shown, log)
+    return KernelError(message, line, lines[line - 1] if line and line <= len(lines) else "", log)
