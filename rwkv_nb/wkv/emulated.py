@@ -27,7 +27,7 @@ from .emulator import Launch, Report
 HEAD_SIZES = (16, 32, 64, 128)
 SOURCE = "wkv5_cuda.cu"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 _failure: list[str] = []
 
 

@@ -43,7 +43,7 @@ TYPES = {
     torch.int32: "int",
     torch.int64: "int64_t",
 }
-FLAGS = ("-std=c++17", "-Og", "-g0", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-Og", "-ffp-contract=off", "-g0", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 # Arrays that a kernel declares for a thread alone are plain C++: an index outside of them ends the process.
 CHECKED = ("-DEMULATE_CHECKED", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 

@@ -84,50 +84,64 @@ def test_sound_kernels_raise_no_alarm(name, planted):
     assert planted["reversed"][name_of("barrier") + "__y"].tolist() == list(range(63, -1, -1))
 
 
-def test_a_race_says_everything():
-    report = run_one("SHARED(float, s, 64); s[i] = x[i];\ny[i] = s[63 - i];")
-    assert str(report.races[0]) == (
+def test_a_race_says_everything(planted):
+    report = planted["in order"]
+    race = next(r for r in report.races if r.kernel == name_of("write and read"))
+    assert str(race) == (
         "race in shared array s, element 32: thread 31 reads (line 4), thread 32 writes (line 3), no barrier between"
     )
+    across = next(r for r in report.races if r.kernel == name_of("across blocks"))
+    assert "thread 0 of block 0 writes (line 33), thread 0 of block 1 writes (line 33)" in str(across)
     assert report.problems[0].kind == "uninitialised" and "s[63]" in report.problems[0].message
     assert not report.ok and str(report).startswith("race in shared array s")
 
 
-FAULTS = {  # kind -> (text, words of the message, line)
-    "out of bounds": ("y[i + 1] = x[i];", "y[64]: the array has 64 elements", 3),
-    "divergent barrier": ("if (i < 40)\n__syncthreads();", "40 of the 64 threads of the block: thread 40 has ended", 4),
-    "step limit": ("while (x[0] == 0) {}", "endless loop", 3),
+FAULTS = {  # kind -> (text, words of the message, line of the text; 0: unknown)
+    "out of bounds": ("y[i + 1] = x[i];", "y[64]: the array has 64 elements", 1),
+    "divergent barrier": ("if (i < 40)\n__syncthreads();", "40 of the 64 threads of the block: thread 40 has ended", 2),
+    "divergent barrier, two": (
+        "if (i % 2)\n__syncthreads();\nelse __syncthreads();",
+        "thread 1 waits at __syncthreads",
+        3,
+    ),
+    "divergent barrier, warp": ("if (i > 40)\n__syncwarp();", "23 of the 32 lanes of a warp: thread 32 has ended", 2),
+    "step limit": ("while (x[0] == 0) {}", "endless loop", 1),
     "time limit": ("volatile int n = 1; while (n) {}", "endless loop", 0),
-    "crash": ("float a[4]; for (int j = 0; j < 4; j++) a[j] = x[j];\ny[i] = a[i];", "a thread's own array", 3),
-    "misaligned": ("y[i] = load<4>(x, i)[0];", "x[1]: an access to 4 elements at once", 3),
-    "warp mask": ("__syncwarp(0xffff);", "__syncwarp needs the mask", 3),
+    "crash": ("float a[4]; for (int j = 0; j < 4; j++) a[j] = x[j];\ny[i] = a[i];", "a thread's own array", 1),
+    "crash, pointer": ("float* p = (float*)8; y[i] = *p;", "memory", 0),
+    "misaligned": ("y[i] = load<4>(x, i)[0];", "x[1]: an access to 4 elements at once", 1),
+    "warp mask": ("__syncwarp(0xffff);", "__syncwarp needs the mask", 1),
     "exception": ("std::vector<int>().at(1);", "vector", 0),
+    "none": ('if (i == 3) printf("thread %d of %d\\n", i, int(blockDim.x));', "", 0),
 }
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_faults_are_reported_not_suffered(kind):
-    text, words, line = FAULTS[kind]
-    report = run_one(text, limit=100_000, seconds=1)
-    assert [p.kind for p in report.problems] == [kind], report
-    assert words in report.problems[0].message and report.problems[0].line == line, report
+def run_fault(name, grid=1, block=64):
+    """One case of FAULTS. All are in one source, so that it is compiled once; case n begins in line 10 (n + 1)."""
+    source = "__global__ void f(int fault, Global<const float> x, Global<float> y) {\n    int i = threadIdx.x;"
+    for n, (text, _, _) in enumerate(FAULTS.values()):
+        source += "\n" * (10 * n + 8 - source.count("\n")) + f"if (fault == {n}) {{\n{text}\n}}"
+    arguments = {"fault": list(FAULTS).index(name), "x": torch.arange(64.0), "y": torch.zeros(64)}
+    return emulator.launch(source + "}", [Launch("f", grid, block, arguments)], limit=100_000, seconds=1)
 
 
-def test_a_wild_pointer_ends_only_its_process():
-    report = run_one("float* p = (float*)8; y[i] = *p;")
-    assert report.problems[0].kind == "crash" and "memory" in report.problems[0].message
+@pytest.mark.parametrize("name", [name for name in FAULTS if name != "none"])
+def test_faults_are_reported_not_suffered(name):
+    _, words, line = FAULTS[name]
+    report = run_fault(name)
+    assert [p.kind for p in report.problems] == [name.split(",")[0]], report
+    assert words in report.problems[0].message, report
+    assert report.problems[0].line == (10 * (list(FAULTS).index(name) + 1) + line - 1 if line else 0)
 
 
-def test_barriers_in_two_branches_do_not_meet():
-    report = run_one("if (i % 2)\n__syncthreads();\nelse\n__syncthreads();")
-    assert "thread 1 waits at __syncthreads in line 4" in report.problems[0].message
-    report = run_one("if (i > 40)\n__syncwarp();")
-    assert "23 of the 32 lanes of a warp: thread 32 has ended" in report.problems[0].message
+def test_printf():
+    report = run_fault("none")
+    assert report.ok and report.printed == "thread 3 of 64\n"
 
 
 def test_a_launch_that_cuda_refuses():
-    assert "1025 threads" in run_one("", block=1025).problems[0].message
-    assert "0 blocks" in run_one("", grid=0).problems[0].message
+    assert "1025 threads" in run_fault("none", block=1025).problems[0].message
+    assert "0 blocks" in run_fault("none", grid=0).problems[0].message
 
 
 def test_nothing_runs_after_a_fault():
@@ -147,7 +161,7 @@ def test_compile_errors_point_to_the_readers_line():
     assert caught.value.line == 4
     with pytest.raises(emulator.KernelError, match="line 1: __global__.*\n *this brace is never closed"):
         run_one("if (i) {")
-    with pytest.raises(emulator.KernelError, match="line 1: __global__.*\n *too few arguments"):
+    with pytest.raises(emulator.KernelError, match="line 1: __global__.*\n *(too few arguments|no matching function)"):
         emulator.launch("__global__ void f(int n, int m) {}", [Launch("f", 1, 1, {"n": 1})])
     with pytest.raises(emulator.KernelError, match="line 3: x\\[i\\] = 1"):
         run_one("x[i] = 1;")
@@ -229,8 +243,3 @@ def test_matrix_products(words):
     assert float((report["D8"] - want).abs().max()) < 2e-6
     want = m["C"].double() + m["A16"].bfloat16().double() @ m["B16"].bfloat16().double()
     assert float((report["D16"] - want).abs().max()) < 2e-6
-
-
-def test_printf():
-    report = run_one('if (i == 3) printf("thread %d of %d\\n", i, int(blockDim.x));')
-    assert report.printed == "thread 3 of 64\n"
