@@ -28,7 +28,7 @@ struct Element {
     Who reader;             // the latest of its block's interval
     Who reader_same_warp;   // another lane of its warp in the same warp interval
     Who reader_other_warp;  // a thread of another warp in the same interval
-    Who block_reader[2];    // the first reader of all, and the first of another block
+    Who first_reader;       // of all: if another block has read, it came first, since blocks run one after the other
     int block_serial = -1;  // shared memory: the block that all this belongs to
 };
 
@@ -105,8 +105,7 @@ inline void remember_reader(Element& e, const Who& now) {
         e.reader_same_warp = last;
     }
     last = now;
-    if (!e.block_reader[0].any()) e.block_reader[0] = now;
-    else if (!e.block_reader[1].any() && e.block_reader[0].block != now.block) e.block_reader[1] = now;
+    if (!e.first_reader.any()) e.first_reader = now;
 }
 
 // Checks one access before it happens. It may throw Stop.
@@ -129,9 +128,7 @@ inline void access(Array& array, int64_t index, bool reads, bool writes, Site si
     if (reads && array.shared && !e.writer.any()) report_unwritten(array, index, site);
     if (unordered(e.writer, now)) report_race(array, index, e.writer, true, now, writes);
     if (writes) {
-        const Who* readers[] = {&e.reader, &e.reader_same_warp, &e.reader_other_warp, &e.block_reader[0],
-                                &e.block_reader[1]};
-        for (const Who* r : readers) {
+        for (const Who* r : {&e.reader, &e.reader_same_warp, &e.reader_other_warp, &e.first_reader}) {
             if (!unordered(*r, now)) continue;
             report_race(array, index, *r, false, now, true);
             break;

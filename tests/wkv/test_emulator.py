@@ -30,9 +30,22 @@ PLANTED = {  # name -> (text, blocks, array, kinds, lines)
         "SHARED(float, s, 64); s[i] = 1; float z = __shfl_xor_sync(0xffffffff, 1.f, 1);\ny[i] = z + s[i ^ 1];",
         *(1, "s", {"write", "read"}, {3, 4}),
     ),
-    "two readers, then a writer among them": (
-        "SHARED(float, s, 1); if (i == 0) s[0] = 1; __syncthreads();\nfloat z = s[0];\nif (i == 5) s[0] = z;",
+    "two readers, the latter writes": (
+        "SHARED(float, s, 1); if (i == 0) { s[0] = 1; float z = s[0]; } __syncthreads();\n"
+        "if (i > 61 && s[0] > 0)\nif (i == 63) s[0] = 2;",
         *(1, "s", {"write", "read"}, {4, 5}),
+    ),
+    "two readers in two warps, the latter writes": (
+        "SHARED(float, s, 1); if (i == 0) { s[0] = 1; float z = s[0]; } __syncthreads();\n"
+        "if (i % 63 == 0 && s[0] > 0)\nif (i == 63) s[0] = 2;",
+        *(1, "s", {"write", "read"}, {4, 5}),
+    ),
+    "another block has read": (
+        "float z = y[i];\nif (blockIdx.x == 1) y[i] = z;",
+        2,
+        "y",
+        {"write", "read"},
+        {3, 4},
     ),
 }
 
