@@ -14,8 +14,8 @@
 //     gw[j]   = (sum_t r_t[j] sum_i g_t[i] X[j, i] + the last state's share) log d[j],     log d = -exp(w)
 // Nothing is divided by d, which may underflow to zero.
 //
-// A decay near 1 is kept as the sum of two floats, d = d.value + d.rest: what a step forgets, 1 - d, has only a few good
-// bits if d is rounded to one float, and after a thousand steps that shows. So "d S + kv" takes two fmaf.
+// A decay near 1 is kept as the sum of two floats, d = d.value + d.rest: what a step forgets, 1 - d, has only a few
+// good bits if d is rounded to one float, and after a thousand steps that shows. So "d S + kv" takes two fmaf.
 //
 // r, k, v, y, g (B, T, H, N) float, half or bfloat16; w, u (H, N); states (B, H, N, N) as [key, value]; all else float.
 // Launch: grid B H, block N. What it is not: fast. Each of the T steps waits for the one before.

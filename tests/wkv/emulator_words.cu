@@ -10,7 +10,8 @@ __global__ void wkv5_words_shuffles(Global<float> y) {
     for (int n = 16; n > 0; n /= 2) sum += __shfl_xor_sync(0xffffffff, sum, n);
     y[96 + i] = sum;
 }
-__global__ void wkv5_words_convert(Global<const float> x, Global<__half> h, Global<__nv_bfloat16> b, Global<float> back) {
+__global__ void wkv5_words_convert(Global<const float> x, Global<__half> h, Global<__nv_bfloat16> b,
+                                   Global<float> back) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     h[i] = from_float<__half>(x[i]);
     b[i] = from_float<__nv_bfloat16>(x[i]);
