@@ -71,10 +71,15 @@ def find_nvcc() -> str | None:
 
 
 def cxx_flags(fast_math: bool = True) -> list[str]:
-    """Flags for a shared library that may use what this very processor can do, chosen now, not when torch was built."""
-    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"]
+    """Flags for a shared library that may use what this very processor can do, chosen now, not when torch was built.
+
+    fast_math: sums may be taken in any order, so that the compiler can do many at a time. Never -ffast-math itself: it
+    would let the compiler ignore infinity and NaN, and its linker switches subnormal numbers off for the whole process.
+    """
+    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast"]
+    flags += ["-fno-math-errno", "-fno-trapping-math"]
     if fast_math:
-        flags.append("-ffast-math")
+        flags += ["-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         flags.append(f"-march={X86_LEVELS.get(torch.backends.cpu.get_cpu_capability(), 'x86-64-v2')}")
     return flags

@@ -1,0 +1,692 @@
+// The WKV-5 operator on a CPU: chunks of 16 steps, products of small matrices in registers, one head at a time.
+//
+// What it is not: tied to PyTorch. Plain pointers come in through the functions at the end, which rwkv_nb/wkv/cpu.py
+// calls. g++ or clang and any processor will do: the vectors are those of the compiler, there are no intrinsics.
+//
+// One head has a state S of N keys by N values. With key channel j, value channel i, decay d[j] in [0, 1], bonus u[j]:
+//
+//     y_t[i]  =  sum_j r_t[j] (S_t[j,i] + u[j] k_t[j] v_t[i])          S_t+1[j,i]  =  d[j] S_t[j,i] + k_t[j] v_t[i]
+//
+// Chunks of L steps (n <= L in the last one), t and s counted from the chunk's start, S the state there:
+//
+//     y_t  =  (r_t d^t) S  +  sum_{s<=t} A[t,s] v_s            A[t,s]  =  sum_j r_t[j] F(t-s)[j] k_s[j]
+//     S'   =  d^n S  +  sum_s (k_s d^(n-1-s)) v_s^T            F(0) = u,  F(lag) = d^(lag-1)
+//
+// No exponent of d is ever negative: nothing overflows, whatever the decay. Powers are computed in double.
+//
+// Pairs. For A the chunk is halved twice. If s lies in the left and t in the right half of a block of 2h steps with
+// middle m, then F(t-s) = d^(t-m) d^(m-1-s): one factor goes to r_t, the other to k_s, and a tile of A is a product of
+// two matrices. In one such block a step is right or left, never both, so one matrix X holds the scaled r or k of all
+// steps. In the four blocks of 4 steps that are left each pair takes its own F.
+//
+// Backward. Q is the gradient of the state after the chunk, gA[t,s] = gy_t . v_s:
+//
+//     gr_t = (S gy_t) d^t + pairs       gk_s = (Q v_s) d^(n-1-s) + pairs       gv_s = (k_s d^(n-1-s)) Q + sum_{t>=s} A[t,s] gy_t
+//     Q'   = d^n Q + sum_t (r_t d^t) gy_t^T
+//
+// A factor x d^e whose gradient is g gives g d^e to x and e (x d^e) g to log d. So log d gets t r_t gr_t, (n-1-s) k_s gk_s,
+// n sum_i (d^n S)[j,i] Q[j,i], and the same for the factors in X and F. Exponents are >= 0: no term cancels another, and
+// nothing is divided by d, which may be 0. The states S are computed again, from one that forward kept now and then.
+//
+// Layout. S is [j][i] in forward. Backward has S and Q turned, [i][j]: then gr and gk are plain products, and for gv only
+// small matrices need turning. N is padded to a multiple of 16 with zeros, the last chunk to L steps: one path for all N
+// and T. Half precision becomes float when a chunk is loaded and is rounded to the nearest (ties to even) when stored.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace {
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define SEPARATE __attribute__((noinline))  // a function of its own: large loops compile quicker and no slower
+
+// ---- vectors: W floats in a register; a tile of ROWS x COLS registers holds the sums of a product ------------------
+
+#if defined(__AVX512F__)
+constexpr int W = 16, COLS = 4;
+#elif defined(__AVX__)
+constexpr int W = 8, COLS = 2;
+#elif defined(__aarch64__)
+constexpr int W = 4, COLS = 4;
+#else
+constexpr int W = 4, COLS = 2;
+#endif
+constexpr int ROWS = 4;
+#ifndef HINT
+#define HINT 3
+#endif
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef float vec_anywhere __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t lanes __attribute__((vector_size(4 * W)));
+
+inline vec get(const float* p) { return *reinterpret_cast<const vec_anywhere*>(p); }
+inline void store(float* p, vec x) { *reinterpret_cast<vec_anywhere*>(p) = x; }
+
+// (a0 b0 a1 b1 ...) from the lower halves of a and b, or from the upper ones.
+template <int UPPER, int... I>
+inline vec interleave(vec a, vec b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (UPPER * W / 2 + I / 2 + I % 2 * W)...);
+#else
+    return __builtin_shuffle(a, b, lanes{(UPPER * W / 2 + I / 2 + I % 2 * W)...});
+#endif
+}
+inline vec lower(vec a, vec b) { return interleave<0>(a, b, std::make_integer_sequence<int, W>()); }
+inline vec upper(vec a, vec b) { return interleave<1>(a, b, std::make_integer_sequence<int, W>()); }
+
+// The sums of W registers as one register. Each round halves the registers, and the parts that each sum is still in.
+inline vec sums(vec* x) {
+    UNROLL for (int h = W / 2; h >= 1; h /= 2)
+        UNROLL for (int i = 0; i < h; ++i) x[i] = lower(x[i], x[i + h]) + upper(x[i], x[i + h]);
+    return x[0];
+}
+
+// to[j][i] = from[i][j]: interleaving the first half of the rows with the second, log2(W) times, turns W x W numbers.
+inline void turn(vec (&to)[W], const vec* from) {
+    UNROLL for (int i = 0; i < W; ++i) to[i] = from[i];
+    UNROLL for (int round = W; round > 1; round /= 2) {
+        vec next[W];
+        UNROLL for (int i = 0; i < W / 2; ++i) {
+            next[2 * i] = lower(to[i], to[i + W / 2]);
+            next[2 * i + 1] = upper(to[i], to[i + W / 2]);
+        }
+        UNROLL for (int i = 0; i < W; ++i) to[i] = next[i];
+    }
+}
+SEPARATE void turn(float* to, long to_row, const float* from, long from_row, long rows, long cols) {
+    for (long i = 0; i < rows; i += W)
+        for (long j = 0; j < cols; j += W) {
+            if (i + W <= rows && j + W <= cols) {
+                vec x[W], turned[W];
+                UNROLL for (int y = 0; y < W; ++y) x[y] = get(from + (i + y) * from_row + j);
+                turn(turned, x);
+                UNROLL for (int y = 0; y < W; ++y) store(to + (j + y) * to_row + i, turned[y]);
+            } else
+                for (long y = i; y < rows && y < i + W; ++y)
+                    for (long x = j; x < cols && x < j + W; ++x) to[x * to_row + y] = from[y * from_row + x];
+        }
+}
+
+template <int R, int C>
+inline void clear(vec (&sum)[R][C]) {
+    UNROLL for (int x = 0; x < R; ++x) UNROLL for (int c = 0; c < C; ++c) sum[x][c] = vec{};
+}
+template <int R, int C>
+inline void store(float* to, long row, const vec (&sum)[R][C]) {
+    UNROLL for (int x = 0; x < R; ++x) UNROLL for (int c = 0; c < C; ++c) store(to + x * row + c * W, sum[x][c]);
+}
+// sum[x][c] += sum_k a[x, k] b[k, c]: a is read number by number (steps ax and ak), b in rows of registers.
+template <int R, int C>
+inline void multiply(vec (&sum)[R][C], const float* a, long ax, long ak, const float* b, long b_row, long K) {
+    for (long k = 0; k < K; ++k) {
+        vec row[C];
+        UNROLL for (int c = 0; c < C; ++c) row[c] = get(b + k * b_row + c * W);
+        UNROLL for (int x = 0; x < R; ++x)
+            UNROLL for (int c = 0; c < C; ++c) sum[x][c] += a[x * ax + k * ak] * row[c];
+    }
+}
+// body(constant C, first row, first column) for tiles of R rows and C registers that cover rows x cols.
+template <int R, int C, class Body>
+inline void tiles(long rows, long cols, Body body) {
+    for (long x = 0; x < rows; x += R) {
+        long c = 0;
+        for (; c + C * W <= cols; c += C * W) body(std::integral_constant<int, C>(), x, c);
+        if (C > 1)
+            for (; c < cols; c += W) body(std::integral_constant<int, 1>(), x, c);
+    }
+}
+
+// ---- number formats --------------------------------------------------------------------------------------------
+
+enum Format : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+inline uint32_t bits(float x) {
+    uint32_t b;
+    std::memcpy(&b, &x, 4);
+    return b;
+}
+inline float number(uint32_t b) {
+    float x;
+    std::memcpy(&x, &b, 4);
+    return x;
+}
+inline float from_bfloat16(uint16_t x) { return number(uint32_t(x) << 16); }
+inline uint16_t to_bfloat16(float x) {
+    const uint32_t b = bits(x), even = b + 0x7fff + (b >> 16 & 1);  // ties go to the even neighbour
+    return (b & 0x7fffffff) > 0x7f800000 ? uint16_t(b >> 16 | 0x40) : uint16_t(even >> 16);  // NaN stays NaN
+}
+// 5 bits of exponent, 10 of fraction: shifted into the place of a float's, the value is 2^112 times too small.
+inline float from_float16(uint16_t x) {
+    const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = uint32_t(x & 0x7fff) << 13;
+    const uint32_t finite = bits(number(rest) * 0x1p112f), infinite = rest | 0x7f800000;
+    return number(sign | ((x & 0x7c00) == 0x7c00 ? infinite : finite));
+}
+inline uint16_t to_float16(float x) {
+    const uint32_t b = bits(x), sign = b >> 16 & 0x8000, rest = b & 0x7fffffff;
+    const uint32_t small = bits(number(rest) + 0.5f) - bits(0.5f);  // below 2^-14: the addition rounds to 2^-24
+    const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - (112u << 23)) >> 13;
+    const uint32_t big = rest > 0x7f800000 ? 0x7e00 : 0x7c00;  // NaN; infinity, which 65520 rounds to
+    return uint16_t(sign | (rest >= 0x477ff000 ? big : rest < 0x38800000 ? small : normal));
+}
+
+// ---- one call ------------------------------------------------------------------------------------------------------
+
+constexpr int L = 16, BLOCK = 4;  // steps of a chunk, and of a block of pairs on the diagonal
+#ifndef SK
+#define SK 80
+#endif
+constexpr long SKEW = SK;
+constexpr long TABLE = 2 * L + 3;
+constexpr double TINY = 1e-30;  // a smaller power counts as 0: subnormal products are slow, and nothing sees the difference
+
+// What rwkv_nb/wkv/cpu.py hands over, in this order; shapes as there. What a call does not need is null.
+using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+struct Call {
+    int64_t B, T, H, N;
+    int64_t format;                      // of r, k, v, gy, y and their gradients: 0 float32, 1 bfloat16, 2 float16
+    int64_t every;                       // steps from one state in `saved` to the next, a multiple of L
+    int64_t threads;
+    Parallel parallel;                   // runs function(data) on so many threads; null: threads of our own
+    const void *r, *k, *v, *gy;
+    void *y, *gr, *gk, *gv;
+    const float *w, *u, *state, *glast;
+    float *saved, *last, *gw, *gu, *gstate;
+};
+
+// Floats that start at a cache line.
+struct Buffer {
+    std::unique_ptr<float[]> memory;
+    float* data;
+    explicit Buffer(int64_t n) : memory(new float[n + 16]) {
+        data = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) / 4;
+    }
+};
+
+struct Problem : Call {
+    const long P;                        // N rounded up to a multiple of 16
+    std::vector<double> log_d;           // (H, P)
+    Buffer tables;                       // (H, TABLE, P): u; d^0 ... d^L; what rounding these to float took away
+    std::vector<double> glog, gbonus;    // (B, H, P): gradients of log d and u, to be summed over B
+
+    Problem(const Call& call, bool backward) : Call(call), P((N + 15) / 16 * 16), log_d(H * P), tables(H * TABLE * P) {
+        if (backward) glog.assign(B * H * P, 0), gbonus.assign(B * H * P, 0);
+        for (int64_t h = 0; h < H; ++h) tabulate(h, tables.data + h * TABLE * P);
+    }
+    void tabulate(int64_t h, float* row) {
+        std::vector<double> d(P, 0.0), now(P, 1.0);
+        for (int64_t j = 0; j < P; ++j) row[j] = j < N ? u[h * N + j] : 0;
+        for (int64_t j = 0; j < N; ++j) {
+            log_d[h * P + j] = -std::exp(double(w[h * N + j]));
+            d[j] = std::exp(log_d[h * P + j]);
+        }
+        for (int e = 0; e <= L; ++e)
+            for (int64_t j = 0; j < P; ++j) {
+                row[(1 + e) * P + j] = float(now[j]);
+                row[(2 + L + e) * P + j] = float(now[j] - row[(1 + e) * P + j]);
+                now[j] = now[j] * d[j] < TINY ? 0 : now[j] * d[j];
+            }
+    }
+    int64_t groups() const { return (T + every - 1) / every; }  // stretches of time with a kept state at each start
+};
+
+// Works off heads, one after the other, in scratch memory of its own.
+class Worker {
+    Problem& p;
+#if defined(PADDED)
+    static constexpr long P = PADDED;
+#else
+    const long P = p.P;
+#endif
+    int64_t b = 0, h = 0;
+    float *r, *k, *v, *gy, *gr, *gk, *X;                // (L, P): the chunk; X: r and k scaled for the pairs, or scratch
+    float *A, *gA, *glog, *gu;                          // (L, L), (L, L), (P), (P)
+    float *F;                                                 // (TABLE, P): those of the head
+    float *S, *Q, *states;                              // (P, P), (P, P), (every / L, P, P)
+    const char* wanted[7 * L];                          // rows to fetch, the last one first
+    int n_wanted = 0;
+
+public:
+    // Floats of scratch.
+    static int64_t scratch(const Problem& p, bool backward) {
+        return (7 * L + 2 + TABLE) * p.P + 2 * L * L + (backward ? p.every / L + 1 : 1) * (p.P * p.P + SKEW) + 12 * SKEW;
+    }
+    Worker(Problem& p, float* scratch, bool backward) : p(p) {
+        const auto take = [&scratch](long n) { return (scratch += n + SKEW) - n - SKEW; };
+        for (float** x : {&r, &k, &v, &gy, &gr, &gk, &X}) *x = take(L * P);
+        A = take(L * L), gA = take(L * L), glog = take(P), gu = take(P), F = take(TABLE * P);
+        S = Q = take(P * P);
+        states = backward ? take(p.every / L * (P * P + SKEW)) : nullptr;
+    }
+
+    void forward(int64_t batch, int64_t head) {
+        b = batch, h = head;
+        std::memcpy(F, p.tables.data + h * TABLE * P, sizeof(float) * TABLE * P);
+        load_state(S, p.state + state(), false);
+        for (int64_t t0 = 0; t0 < p.T; t0 += L) {
+            const int n = steps(t0, p.T);
+            if (p.saved && t0 && t0 % p.every == 0) store_state(saved(t0), S, false);
+            load(r, p.r, t0, n);
+            load(k, p.k, t0, n);
+            load(v, p.v, t0, n);
+            n_wanted = 0; soon(p.v, t0 + L); soon(p.k, t0 + L); soon(p.r, t0 + L); soon(p.y, t0);
+            near_pairs();
+            far_pairs(8);
+            far_pairs(4);
+            for (int t = 0; t < L; ++t) scale(r + t * P, r + t * P, t);
+            for (int s = 0; s < n; ++s) scale(k + s * P, k + s * P, n - 1 - s);
+            outputs(t0, n);
+            update(S, S, k, v, n, false);
+        }
+        store_state(p.last + state(), S, false);
+    }
+
+    void backward(int64_t batch, int64_t head) {
+        b = batch, h = head;
+        std::memcpy(F, p.tables.data + h * TABLE * P, sizeof(float) * TABLE * P);
+        load_state(Q, p.glast + state(), true);
+        for (int64_t group = p.groups() - 1; group >= 0; --group) {
+            const int64_t start = group * p.every, end = start + steps(start, p.T, p.every);
+            int c = 0;
+            load_state(states, group ? saved(start) : p.state + state(), true);
+            for (int64_t t0 = start; t0 + L < end; t0 += L, ++c) {
+                load(k, p.k, t0, L);
+                load(v, p.v, t0, L);
+                n_wanted = 0; soon(p.v, t0 + L); soon(p.k, t0 + L);
+                for (int s = 0; s < L; ++s) scale(k + s * P, k + s * P, L - 1 - s);
+                update(states + (c + 1) * (P * P + SKEW), states + c * (P * P + SKEW), v, k, L, true);
+            }
+            for (; c >= 0; --c) chunk_backward(start + c * L, steps(start + c * L, end), states + c * (P * P + SKEW));
+        }
+        store_state(p.gstate + state(), Q, true);
+    }
+
+private:
+    static int64_t steps(int64_t t0, int64_t end, int64_t most = L) { return end - t0 < most ? end - t0 : most; }
+    const float* power(long e) const { return F + (1 + e) * P; }
+    const float* rest(long e) const { return F + (2 + L + e) * P; }
+    int64_t state() const { return (b * p.H + h) * p.N * p.N; }
+    float* saved(int64_t t0) const { return p.saved + ((b * p.H + h) * (p.groups() - 1) + t0 / p.every - 1) * p.N * p.N; }
+    int64_t offset(int64_t t) const { return ((b * p.T + t) * p.H + h) * p.N; }
+
+    // n steps from t0 on; the rest of the chunk and of the padded channels is zero.
+    SEPARATE void load(float* to, const void* from, int64_t t0, int n) const {
+        for (int t = 0; t < n; ++t, to += P) {
+            const int64_t at = offset(t0 + t);
+            const uint16_t* half = static_cast<const uint16_t*>(from) + at;
+            long j = p.N;
+            if (p.format == FLOAT32) copy(to, static_cast<const float*>(from) + at, j);
+            else if (p.format == BFLOAT16) for (j = 0; j < p.N; ++j) to[j] = from_bfloat16(half[j]);
+            else for (j = 0; j < p.N; ++j) to[j] = from_float16(half[j]);
+            for (; j < P; ++j) to[j] = 0;
+        }
+        if (n < L) std::memset(to, 0, sizeof(float) * (L - n) * P);
+    }
+    SEPARATE void save(void* to, const float* from, int64_t t0, int n) const {
+        for (int t = 0; t < n; ++t, from += P) {
+            const int64_t at = offset(t0 + t);
+            uint16_t* half = static_cast<uint16_t*>(to) + at;
+            if (p.format == FLOAT32) copy(static_cast<float*>(to) + at, from, p.N);
+            else if (p.format == BFLOAT16) for (long j = 0; j < p.N; ++j) half[j] = to_bfloat16(from[j]);
+            else for (long j = 0; j < p.N; ++j) half[j] = to_float16(from[j]);
+        }
+    }
+    static void copy(float* to, const float* from, long n) {
+        long j = 0;
+        for (; j <= n - W; j += W) store(to + j, get(from + j));
+        for (; j < n; ++j) to[j] = from[j];
+    }
+    // A state between (N, N) outside and (P, P) here, turned or as it is.
+    void load_state(float* to, const float* from, bool turned) const {
+        if (P > p.N) std::memset(to, 0, sizeof(float) * P * P);
+        if (turned) turn(to, P, from, p.N, p.N, p.N);
+        else for (long j = 0; j < p.N; ++j) copy(to + j * P, from + j * p.N, p.N);
+    }
+    void store_state(float* to, const float* from, bool turned) const {
+        if (turned) turn(to, p.N, from, P, p.N, p.N);
+        else for (long j = 0; j < p.N; ++j) copy(to + j * p.N, from + j * P, p.N);
+    }
+    // The rows of the chunk at t0 will be needed. A row is a page away from the one before, so the processor cannot guess
+    // it: `ask` fetches a few into the cache, little by little, while products are computed.
+    void soon(const void* tensor, int64_t t0) {
+        const int64_t bytes = p.format == FLOAT32 ? 4 : 2, step = p.H * p.N * bytes;
+        if (t0 < 0 || t0 >= p.T) return;
+        const char* row = static_cast<const char*>(tensor) + offset(t0) * bytes;
+        for (int n = steps(t0, p.T); n > 0; --n, row += step) wanted[n_wanted++] = row;
+    }
+    void ask() {
+        const int64_t bytes = p.N * (p.format == FLOAT32 ? 4 : 2);
+        for (int i = 0; i < 2 && n_wanted > 0; ++i) {
+            const char* row = wanted[--n_wanted];
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, HINT);
+        }
+    }
+
+    // to = from d^e, for one step
+    void scale(float* to, const float* from, int e) const {
+        for (long j = 0; j < P; j += W) store(to + j, get(from + j) * get(power(e) + j));
+    }
+
+    // ---- pairs of steps inside the chunk
+
+    // out[t, s] = a_t . b_s for BLOCK x BLOCK pairs.
+    SEPARATE void dots(float* out, const float* a, const float* b) {
+        constexpr int C = W / BLOCK;  // so many columns at a time that the sums come out as one register
+        ask();
+        UNROLL for (int s = 0; s < BLOCK; s += C) {
+            vec sum[BLOCK][C];
+            clear(sum);
+            for (long j = 0; j < P; j += W) {
+                vec column[C];
+                UNROLL for (int c = 0; c < C; ++c) column[c] = get(b + (s + c) * P + j);
+                UNROLL for (int t = 0; t < BLOCK; ++t) {
+                    const vec row = get(a + t * P + j);
+                    UNROLL for (int c = 0; c < C; ++c) sum[t][c] += row * column[c];
+                }
+            }
+            float total[BLOCK][C];
+            store(total[0], sums(sum[0]));
+            for (int t = 0; t < BLOCK; ++t)
+                for (int c = 0; c < C; ++c) out[t * L + s + c] = total[t][c];
+        }
+    }
+    // A in the blocks on the diagonal.
+    SEPARATE void near_pairs() {
+        for (int x = 0; x < L; x += BLOCK) {
+            const float *rx = r + x * P, *kx = k + x * P;
+            vec sum[BLOCK][BLOCK];
+            clear(sum);
+            ask();
+            for (long j = 0; j < P; j += W)
+                UNROLL for (int t = 0; t < BLOCK; ++t)
+                    UNROLL for (int s = 0; s <= t; ++s)
+                        sum[t][s] += get(rx + t * P + j) * get(F + (t - s) * P + j) * get(kx + s * P + j);
+            float total[BLOCK][BLOCK];
+            UNROLL for (int i = 0; i < BLOCK * BLOCK; i += W) store(total[0] + i, sums(sum[0] + i));
+            for (int t = 0; t < BLOCK; ++t)
+                for (int s = 0; s <= t; ++s) A[(x + t) * L + x + s] = total[t][s];
+        }
+    }
+    // Step t is in the right half of its block of 2h (exponent t-m), or in the left (exponent m-1-t).
+    static int exponent(int half, int t) { return t & half ? t & (half - 1) : half - 1 - (t & (half - 1)); }
+
+    // X and the tiles of A between the halves of all blocks of 2h steps.
+    SEPARATE void far_pairs(int half) {
+        for (int t = 0; t < L; ++t) scale(X + t * P, (t & half ? r : k) + t * P, exponent(half, t));
+        for (int m = half; m < L; m += 2 * half)
+            for (int t = m; t < m + half; t += BLOCK)
+                for (int s = m - half; s < m; s += BLOCK) dots(A + t * L + s, X + t * P, X + s * P);
+    }
+    // The pairs s <= t of one block: sum_t += a[t, s] b_s
+    template <int C>
+    static void triangle(vec (&sum)[BLOCK][C], const float* a, const float* b, long b_row) {
+        UNROLL for (int t = 0; t < BLOCK; ++t)
+            UNROLL for (int s = 0; s <= t; ++s)
+                UNROLL for (int c = 0; c < C; ++c) sum[t][c] += a[t * L + s] * get(b + s * b_row + c * W);
+    }
+
+    // ---- products with the state
+
+    // y = (r d^t) S + A v
+    SEPARATE void outputs(int64_t t0, int n) {
+        tiles<BLOCK, COLS>(L, P, [&](auto columns, long x, long c) {
+            vec sum[BLOCK][columns];
+            clear(sum);
+            ask();
+            multiply(sum, r + x * P, P, 1, S + c, P, P);
+            multiply(sum, A + x * L, L, 1, v + c, P, x);
+            triangle(sum, A + x * L + x, v + x * P + c, P);
+            store(X + c, P, sum);
+            if (c + columns * W == P && x < n) save(p.y, X, t0 + x, steps(x, n, BLOCK));
+        });
+    }
+    // to = d^n from + a^T b, for a state or, turned, for a turned one.
+    SEPARATE void update(float* to, const float* from, const float* a, const float* b, int n, bool turned) {
+        const float *whole = power(n), *more = rest(n);
+        tiles<ROWS, COLS>(P, P, [&](auto columns, long x, long c) {
+            constexpr int C = columns;
+            vec sum[ROWS][C];
+            ask();
+            UNROLL for (int y = 0; y < ROWS; ++y)
+                UNROLL for (int z = 0; z < C; ++z) {
+                    const vec old = get(from + (x + y) * P + c + z * W);
+                    sum[y][z] = turned ? old * get(whole + c + z * W) + old * get(more + c + z * W)
+                                       : old * whole[x + y] + old * more[x + y];
+                }
+            multiply(sum, a + x, 1, P, b + c, P, L);
+            store(to + x * P + c, P, sum);
+        });
+    }
+
+    // ---- backward
+
+    void chunk_backward(int64_t t0, int n, const float* S) {
+        load(r, p.r, t0, n);
+        load(k, p.k, t0, n);
+        load(v, p.v, t0, n);
+        load(gy, p.gy, t0, n);
+        n_wanted = 0; soon(p.gy, t0 - L); soon(p.v, t0 - L); soon(p.k, t0 - L); soon(p.r, t0 - L); soon(p.gv, t0); soon(p.gk, t0); soon(p.gr, t0);
+        for (int t = 0; t < L; t += BLOCK)
+            for (int s = 0; s <= t; s += BLOCK) dots(gA + t * L + s, gy + t * P, v + s * P);
+        near_pairs();
+        near_gradients();
+        for (int half : {8, 4}) {
+            far_pairs(half);
+            far_gradients(half);
+        }
+        carried(S, n);
+        through(gr, gy, S, r, p.gr, t0, n, [](int t) { return t; });
+        through(gk, v, Q, k, p.gk, t0, n, [n](int s) { return s < n ? n - 1 - s : 0; });
+        values(t0, n);
+        for (int t = 0; t < L; ++t) scale(r + t * P, r + t * P, t);
+        update(Q, Q, gy, r, n, true);
+        double *glog_sum = p.glog.data() + (b * p.H + h) * P, *gu_sum = p.gbonus.data() + (b * p.H + h) * P;
+        for (long j = 0; j < P; ++j) glog_sum[j] += glog[j], gu_sum[j] += gu[j];
+    }
+    // Gradients of the pairs in the blocks on the diagonal, to r, k, u and log d; the first to write all of these.
+    SEPARATE void near_gradients() {
+        std::memset(glog, 0, sizeof(float) * P);
+        std::memset(gu, 0, sizeof(float) * P);
+        for (int x = 0; x < L; x += BLOCK) {
+            ask();
+            for (long j = 0; j < P; j += W) {
+                const float *rx = r + x * P + j, *kx = k + x * P + j, *gx = gA + x * L + x;
+                vec gks[BLOCK], share = get(glog + j), bonus = get(gu + j);
+                UNROLL for (int t = 0; t < BLOCK; ++t) {
+                    const vec rt = get(rx + t * P);
+                    vec grt = {};
+                    gks[t] = vec{};
+                    UNROLL for (int s = 0; s <= t; ++s) {
+                        const vec ks = get(kx + s * P), g = gx[t * L + s] * get(F + (t - s) * P + j);
+                        grt += g * ks;
+                        gks[s] += g * rt;
+                        if (s == t) bonus += gx[t * L + s] * ks * rt;
+                        else if (s < t - 1) share += float(t - s - 1) * g * ks * rt;
+                    }
+                    store(gr + (x + t) * P + j, grt);
+                }
+                UNROLL for (int s = 0; s < BLOCK; ++s) store(gk + (x + s) * P + j, gks[s]);
+                store(glog + j, share);
+                store(gu + j, bonus);
+            }
+        }
+    }
+    // Gradients of X, from there to r or k and log d.
+    SEPARATE void far_gradients(int half) {
+        tiles<BLOCK, COLS>(L, P, [&](auto columns, long x, long c) {
+            constexpr int C = columns;
+            const long left = x & ~long(2 * half - 1), right = left + half;
+            vec sum[BLOCK][C];
+            clear(sum);
+            ask();
+            if (x & half) multiply(sum, gA + x * L + left, L, 1, X + left * P + c, P, half);
+            else multiply(sum, gA + right * L + x, 1, L, X + right * P + c, P, half);
+            float* g = (x & half ? gr : gk) + x * P + c;
+            UNROLL for (int z = 0; z < C; ++z) {
+                vec share = get(glog + c + z * W);
+                UNROLL for (int y = 0; y < BLOCK; ++y) {
+                    const long at = y * P + z * W;
+                    const int e = exponent(half, int(x) + y);
+                    store(g + at, get(g + at) + sum[y][z] * get(power(e) + c + z * W));
+                    share += float(e) * get(X + x * P + c + at) * sum[y][z];
+                }
+                store(glog + c + z * W, share);
+            }
+        });
+    }
+    // What log d gets from the part of S that outlives the chunk.
+    SEPARATE void carried(const float* S, int n) {
+        tiles<1, COLS>(1, P, [&](auto columns, long, long c) {
+            constexpr int C = columns;
+            vec sum[2][C];
+            clear(sum);
+            for (long i = 0; i < P; i += 2)
+                UNROLL for (int y = 0; y < 2; ++y)
+                    UNROLL for (int z = 0; z < C; ++z)
+                        sum[y][z] += get(S + (i + y) * P + c + z * W) * get(Q + (i + y) * P + c + z * W);
+            UNROLL for (int z = 0; z < C; ++z) {
+                float* at = glog + c + z * W;
+                store(at, get(at) + float(n) * get(power(n) + c + z * W) * (sum[0][z] + sum[1][z]));
+            }
+        });
+    }
+    // g += (a M) d^e, M the turned state or its gradient; log d gets e x g. Then g is complete.
+    template <class Exponent>
+    SEPARATE void through(float* g, const float* a, const float* M, const float* x, void* out, int64_t t0, int n, Exponent e) {
+        tiles<BLOCK, COLS>(L, P, [&](auto columns, long t, long c) {
+            constexpr int C = columns;
+            vec sum[BLOCK][C];
+            clear(sum);
+            ask();
+            multiply(sum, a + t * P, P, 1, M + c, P, P);
+            UNROLL for (int z = 0; z < C; ++z) {
+                vec share = get(glog + c + z * W);
+                UNROLL for (int y = 0; y < BLOCK; ++y) {
+                    const long at = (t + y) * P + c + z * W;
+                    const vec gx = sum[y][z] * get(power(e(t + y)) + c + z * W);
+                    store(g + at, get(g + at) + gx);
+                    share += float(e(t + y)) * get(x + at) * gx;
+                }
+                store(glog + c + z * W, share);
+            }
+            if (c + columns * W == P && t < n) save(out, g + t * P, t0 + t, steps(t, n, BLOCK));
+        });
+    }
+    // gv = kd Q + A^T gy. Q is turned, so the product is made turned: gv^T = Q^T kd^T.
+    SEPARATE void values(int64_t t0, int n) {
+        float *kdT = X, *gv = gk;  // gk is done
+        for (int s = 0; s < n; ++s) scale(k + s * P, k + s * P, n - 1 - s);
+        turn(kdT, L, k, P, L, P);
+        for (long i = 0; i < P; i += W)
+            for (long s0 = 0; s0 < L; s0 += W) {
+                vec turned[W], sum[W];
+                for (int y = 0; y < W; y += ROWS) {
+                    vec part[ROWS][4];  // four sums for each number, since one alone would wait for itself
+                    clear(part);
+                    ask();
+                    for (long j = 0; j < P; j += 4)
+                        UNROLL for (int z = 0; z < 4; ++z) {
+                            const vec ks = get(kdT + (j + z) * L + s0);
+                            UNROLL for (int x = 0; x < ROWS; ++x) part[x][z] += Q[(i + y + x) * P + j + z] * ks;
+                        }
+                    UNROLL for (int x = 0; x < ROWS; ++x) turned[y + x] = (part[x][0] + part[x][1]) + (part[x][2] + part[x][3]);
+                }
+                turn(sum, turned);
+                for (long t = s0; t < L; ++t) {
+                    const vec g = get(gy + t * P + i);
+                    UNROLL for (int s = 0; s < W; ++s)
+                        if (s0 + s <= t) sum[s] += A[t * L + s0 + s] * g;
+                }
+                UNROLL for (int s = 0; s < W; ++s) store(gv + (s0 + s) * P + i, sum[s]);
+            }
+        save(p.gv, gv, t0, n);
+    }
+};
+
+// ---- all heads -----------------------------------------------------------------------------------------------------
+
+struct Job {
+    Problem& p;
+    bool backward;
+    float* scratch;
+    int64_t scratch_each;
+    std::atomic<int64_t> next_worker{0}, next_head{0};
+
+    static void work(void* job) {
+        Job& self = *static_cast<Job*>(job);
+        const Problem& p = self.p;
+        Worker worker(self.p, self.scratch + self.next_worker++ * self.scratch_each, self.backward);
+        for (int64_t i; (i = self.next_head++) < p.B * p.H;) {
+            if (self.backward) worker.backward(i / p.H, i % p.H);
+            else worker.forward(i / p.H, i % p.H);
+        }
+    }
+};
+
+// Threads of our own would share the cores with those of torch, which keep spinning for a while after each operation; so
+// cpu.py gives us GOMP_parallel of the OpenMP library that torch has loaded, where it finds it.
+void run(Problem& p, bool backward) {
+    const int64_t threads = p.threads < p.B * p.H ? p.threads : p.B * p.H;
+    if (threads < 1) return;
+    const int64_t each = (Worker::scratch(p, backward) + 15) / 16 * 16;
+    const Buffer scratch(threads * each);
+    Job job{p, backward, scratch.data, each};
+    if (threads == 1) {
+        Job::work(&job);
+    } else if (p.parallel) {
+        p.parallel(Job::work, &job, unsigned(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        others.reserve(threads);
+        try {
+            while (int64_t(others.size()) < threads - 1) others.emplace_back(Job::work, &job);
+        } catch (const std::system_error&) {  // no more threads to be had: those that run do all the work
+        }
+        Job::work(&job);
+        for (std::thread& other : others) other.join();
+    }
+}
+
+template <class Finish>
+int64_t call(const Call& given, bool backward, Finish finish) {
+    try {
+        Problem p(given, backward);
+        run(p, backward);
+        finish(p);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+// The result is 0, or 1 where memory is short.
+extern "C" int64_t wkv5_forward(const Call* given) {
+    return call(*given, false, [](Problem&) {});
+}
+
+extern "C" int64_t wkv5_backward(const Call* given) {
+    return call(*given, true, [](Problem& p) {
+        for (int64_t h = 0; h < p.H; ++h)
+            for (int64_t j = 0; j < p.N; ++j) {
+                double glog = 0, gbonus = 0;
+                for (int64_t b = 0; b < p.B; ++b) {
+                    glog += p.glog[(b * p.H + h) * p.P + j];
+                    gbonus += p.gbonus[(b * p.H + h) * p.P + j];
+                }
+                p.gw[h * p.N + j] = float(glog * p.log_d[h * p.P + j]);  // log d = -exp(w), which is its own derivative
+                p.gu[h * p.N + j] = float(gbonus);
+            }
+    });
+}
