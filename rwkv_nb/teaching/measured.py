@@ -1,0 +1,29 @@
+"""Sections of benchmarks/RESULTS.md, shown in a notebook: figures measured on a machine that the reader may not have.
+
+    measured.section("GPU")          the first section whose title has this word, as Markdown, or None
+
+What it is not: a measurement. Each section names its machine, its date and the command that measures it again.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from IPython.display import Markdown
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "RESULTS.md"
+
+
+def section(*words: str, file: Path = RESULTS) -> Markdown | None:
+    """The first section with all `words` in its title; None if there is none, or no such file (an installed package).
+
+    Its heading becomes one of the fourth level, so that it does not break the order of a notebook's headings.
+    """
+    if not file.exists():
+        return None
+    for part in re.split(r"^## ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        title = part.splitlines()[0]
+        if all(re.search(rf"\b{re.escape(word)}", title, re.IGNORECASE) for word in words):
+            return Markdown(re.sub(r"^#+ ", "#### ", "## " + part, flags=re.MULTILINE).strip())
+    return None
