@@ -21,9 +21,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import chunked, cpu, emulated, reference
+from . import chunked, cpu, cuda, emulated, reference
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu, "emulated": emulated}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "chunked": chunked,
+    "cpu": cpu,
+    "cuda": cuda,
+    "emulated": emulated,
+}
 PLAIN = ("reference", "chunked")  # plain PyTorch: any device, any head size, float64 too
 
 

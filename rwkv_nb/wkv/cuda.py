@@ -1,0 +1,123 @@
+"""WKV-5 on an NVIDIA GPU: the kernels of `kernels/`, compiled by nvcc when first needed, called through plain pointers.
+
+Two ways: "plain" (`wkv5_cuda.cu`, one step after the other) and "chunked" (`wkv5_chunked.cu`, 16 steps at a time on the
+tensor cores, from compute capability 8.0). The fastest that the GPU can do is taken.
+
+What it is not: a check of its input; `rwkv_nb.wkv.wkv5` does that. The mathematics is in the headers of the sources.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from . import build
+
+HEAD_SIZES = (16, 32, 64, 128)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+OLDEST = (7, 5)  # the oldest architecture that today's nvcc compiles for
+TENSOR_CORES = (8, 0)  # the oldest with products of tf32 numbers
+# Not --use_fast_math: it would replace expf and expm1f, on which the decays near 1 depend, by rough ones.
+FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "--cudart", "static", "-extra-device-vectorization")
+_failure: list[str] = []
+
+
+def why_not() -> str | None:
+    """None if the backend can run here, else what is missing and the remedy. Compiles nothing."""
+    if _failure:
+        return _failure[0]
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return "this torch is a CPU build; with an NVIDIA GPU, install the CUDA build from pytorch.org"
+        return "torch sees no NVIDIA GPU; check `nvidia-smi` and the driver"
+    if build.find_nvcc() is None:
+        return f"nvcc was not found: {build.NVCC_REMEDY}"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        return f"the GPU has compute capability {_dotted(capability)}, nvcc needs {_dotted(OLDEST)}: use chunked"
+    return None
+
+
+def supports(N: int) -> str | None:
+    """None if there is a kernel for heads of N channels, else why not."""
+    return None if N in HEAD_SIZES else f"head size {N} is none of {', '.join(map(str, HEAD_SIZES))}"
+
+
+def prepare() -> None:
+    """Compile now what the usual head size needs. Raises build.BuildError."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _library(64, dtype, torch.cuda.get_device_capability())
+
+
+def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
+    """Nothing is kept for the backward pass: it computes the states again."""
+    return (0,)
+
+
+def forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor | None, kernel: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, N) in r's dtype and the last state (B, H, N, N). kernel: "plain", "chunked" or "auto"."""
+    y, last = torch.empty_like(r), torch.empty_like(state)
+    _call("forward", kernel, r, [r, k, v, w, u, state, y, last])
+    return y, last
+
+
+def backward(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    saved: Tensor | None,
+    gy: Tensor,
+    glast: Tensor,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """gr, gk, gv in r's dtype; gw (of the raw w), gu (H, N) and gstate (B, H, N, N) float32."""
+    B, _, H, N = r.shape
+    gr, gk, gv, gw, gu, gstate = (torch.empty_like(x) for x in (r, k, v, w, u, state))
+    parts = w.new_empty(B, H, N)
+    _call("backward", kernel, r, [r, k, v, w, u, state, gy, glast, gr, gk, gv, gw, gu, gstate, parts])
+    return gr, gk, gv, gw, gu, gstate
+
+
+def _call(function: str, kernel: str, r: Tensor, tensors: list[Tensor]) -> None:
+    B, T, H, N = r.shape
+    capability = torch.cuda.get_device_capability(r.device)
+    if kernel == "auto":
+        kernel = "chunked" if capability >= TENSOR_CORES else "plain"
+    library = _library(N, r.dtype, capability)
+    sizes = [ctypes.c_int(DTYPES[r.dtype]), ctypes.c_int(N), *(ctypes.c_int64(n) for n in (B, T, H))]
+    with torch.cuda.device(r.device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+        code = getattr(library, f"wkv5_{kernel}_{function}")(*sizes, *pointers, stream)
+    if code:
+        raise RuntimeError(f"wkv5_{kernel}_{function} on {r.device}: {library.wkv5_error(code).decode()}")
+
+
+@functools.cache
+def _library(N: int, dtype: torch.dtype, capability: tuple[int, int]) -> ctypes.CDLL:
+    """The kernels of one head size and number format, for one architecture."""
+    nvcc = build.find_nvcc()
+    try:
+        if nvcc is None:
+            raise build.BuildError(f"the CUDA kernels need nvcc, which was not found: {build.NVCC_REMEDY}")
+        name = "".join(map(str, capability))
+        only = [f"-DWKV5_HEAD_SIZE={N}", f"-DWKV5_DTYPE={DTYPES[dtype]}"]
+        flags = [*FLAGS, f"-gencode=arch=compute_{name},code=sm_{name}", *only]
+        library = build.load("wkv5_cuda", ["launch.cu"], flags, compiler=nvcc)
+    except build.BuildError as error:
+        _failure[:] = [str(error)]
+        raise
+    library.wkv5_error.restype = ctypes.c_char_p
+    return library
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -1,0 +1,149 @@
+"""The GPU backend. Without a GPU: what it says, what it compiles, and that it hands over the right pointers. With one:
+right for every number format, on a stream of its own, and compiled. `test_backends.py` runs it through `wkv5` too."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from rwkv_nb.wkv import build, cuda, wkv5, wkv5_reference
+
+GPU = pytest.mark.skipif(cuda.why_not() is not None, reason=f"not run: {cuda.why_not()}")
+KERNELS = ["plain", "chunked"]
+
+
+def inputs(B=2, T=37, H=2, N=64, dtype=torch.float32, device="cpu"):
+    g = torch.Generator().manual_seed(T)
+    r, k, v = (torch.randn(B, T, H, N, generator=g).to(device, dtype) for _ in range(3))
+    w = torch.empty(H, N).uniform_(-6, 1, generator=g).to(device)
+    u, state = (torch.randn(*shape, generator=g).to(device) for shape in ((H, N), (B, H, N, N)))
+    return [r, k, v, w, u, state]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with a GPU as far as torch and the compiler's name go."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/opt/cuda/bin/nvcc")
+    monkeypatch.setattr(cuda, "_failure", [])
+    library = cuda._library
+    library.cache_clear()
+    yield monkeypatch
+    library.cache_clear()
+
+
+def test_each_thing_that_may_be_missing_has_its_line(machine):
+    assert cuda.why_not() is None
+    machine.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    assert "compute capability 7.0, nvcc needs 7.5" in cuda.why_not()
+    machine.setattr(build, "find_nvcc", lambda: None)
+    assert "nvcc was not found: install the CUDA toolkit" in cuda.why_not()
+    machine.setattr(torch.cuda, "is_available", lambda: False)
+    machine.setattr(torch.version, "cuda", None)
+    assert "CPU build" in cuda.why_not()
+    machine.setattr(torch.version, "cuda", "13.0")
+    assert "nvidia-smi" in cuda.why_not()
+    assert cuda.supports(64) is None and "head size 24 is none of" in cuda.supports(24)
+
+
+def test_it_compiles_for_this_architecture_head_size_and_format_alone(machine):
+    asked = {}
+
+    def load(name, sources, flags, compiler):
+        asked.update(sources=sources, flags=flags, compiler=compiler)
+        raise build.BuildError("wkv5_cuda: nvcc failed with exit code 2; see wkv5.log")
+
+    machine.setattr(build, "load", load)
+    with pytest.raises(build.BuildError, match="nvcc failed"):
+        cuda.prepare()
+    assert asked["sources"] == ["launch.cu"] and asked["compiler"] == "/opt/cuda/bin/nvcc"
+    assert {"-gencode=arch=compute_90,code=sm_90", "-DWKV5_HEAD_SIZE=64", "-DWKV5_DTYPE=0"} <= set(asked["flags"])
+    assert not any("fast_math" in flag for flag in asked["flags"])
+    assert cuda.why_not() == "wkv5_cuda: nvcc failed with exit code 2; see wkv5.log"  # from now on
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "plain"), ((8, 0), "chunked"), ((9, 0), "chunked")])
+def test_pointers_sizes_and_stream_are_handed_over_in_order(machine, capability, wanted):
+    calls = []
+
+    class Library:
+        wkv5_error = staticmethod(lambda code: b"an illegal memory access was encountered")
+
+        def __getattr__(self, name):
+            def call(*arguments):
+                calls.append((name, [a.value for a in arguments]))
+                return 700 if "backward" in name else 0
+
+            return call
+
+    class Stream:
+        cuda_stream = 4321
+
+    machine.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    machine.setattr(torch.cuda, "current_stream", lambda: Stream)
+    machine.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    machine.setattr(cuda, "_library", lambda N, dtype, capability: Library())
+    tensors = inputs(dtype=torch.bfloat16)
+    y, last = cuda.forward(*tensors, None)
+    [(name, arguments)] = calls
+    assert name == f"wkv5_{wanted}_forward"
+    assert arguments == [2, 64, 2, 37, 2, *(x.data_ptr() for x in (*tensors, y, last)), 4321]
+    assert y.dtype == torch.bfloat16 and last.dtype == torch.float32
+    with pytest.raises(RuntimeError, match=f"wkv5_{wanted}_backward on cpu: an illegal memory access"):
+        cuda.backward(*tensors, None, y, last)
+    assert calls[-1][1][5:13] == [x.data_ptr() for x in (*tensors, y, last)] and len(calls[-1][1]) == 5 + 15 + 1
+    cuda.forward(*tensors, None, kernel="plain")
+    assert calls[-1][0] == "wkv5_plain_forward"
+
+
+def test_the_library_has_every_function_that_is_called():
+    if (nvcc := build.find_nvcc()) is None:
+        pytest.skip(f"not run: nvcc was not found: {build.NVCC_REMEDY}")
+    flags = [*cuda.FLAGS, "-gencode=arch=compute_80,code=sm_80", "-DWKV5_HEAD_SIZE=16", "-DWKV5_DTYPE=0"]
+    path = build.build("wkv5_cuda", ("launch.cu",), tuple(flags), nvcc)
+    library = ctypes.CDLL(str(path))  # the CUDA runtime is inside: no driver is needed to load it
+    assert all(getattr(library, f"wkv5_{kernel}_{f}") for kernel in KERNELS for f in ("forward", "backward"))
+
+
+def outputs(tensors, kernel, gy, glast):
+    y, last = cuda.forward(*tensors, None, kernel=kernel)
+    return [y, last, *cuda.backward(*tensors, None, gy, glast, kernel=kernel)]
+
+
+@GPU
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("T", [0, 1, 16, 333])
+def test_on_the_gpu_against_float64(kernel, dtype, T):
+    tensors = inputs(T=T, dtype=dtype, device="cuda")
+    exact = [x.double().cpu().requires_grad_() for x in tensors]
+    y, last = wkv5_reference(*exact)
+    gy, glast = torch.randn_like(tensors[0]), torch.randn_like(tensors[5])
+    directions = [gy.double().cpu(), glast.double().cpu()]
+    grads = torch.autograd.grad([y, last], exact, directions, allow_unused=True, materialize_grads=True)
+    for got, want in zip(outputs(tensors, kernel, gy, glast), (y, last, *grads), strict=True):
+        rounding = torch.finfo(got.dtype).eps + (2e-3 if kernel == "chunked" and dtype != torch.float32 else 1e-5)
+        bound = rounding * float(want.abs().max()) if want.numel() else 0
+        torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=bound)
+
+
+@GPU
+def test_on_a_stream_of_its_own():
+    tensors = inputs(device="cuda")
+    want, _ = wkv5(*tensors, backend="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got, _ = wkv5(*tensors, backend="cuda")
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+@GPU
+def test_under_torch_compile():
+    tensors = [x.requires_grad_() for x in inputs(device="cuda")]
+    compiled = torch.compile(lambda *x: wkv5(*x)[0], fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors), wkv5(*tensors)[0], rtol=1e-5, atol=1e-5)
