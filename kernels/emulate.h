@@ -102,7 +102,11 @@ template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 // ---- matrix products by a warp ----
 #ifdef __CUDACC__
 __device__ inline unsigned to_tf32(float x) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 900
+    unsigned y;
+    asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));  // one instruction instead of three; ties go to even
+    return y;
+#elif __CUDA_ARCH__ >= 800
     unsigned y;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return y;

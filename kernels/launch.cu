@@ -1,7 +1,11 @@
-// Launches the plain WKV-5 kernels on a GPU: what needs CUDA's <<< >>>. See launch.h for the functions.
+// Launches the WKV-5 kernels on a GPU: what needs CUDA's <<< >>>. See launch.h for the functions.
 #include <type_traits>
 
+#ifdef WKV5_CHUNKED
+#include "wkv5_chunked.cu"  // brings the plain ones along
+#else
 #include "wkv5_cuda.cu"
+#endif
 
 template <class... P, class... A>
 void start(void* stream, int64_t grid, int block, void (*kernel)(P...), A... arguments) {

@@ -1,7 +1,11 @@
-// Runs the plain WKV-5 kernels, the very same source, on a processor. See launch.h for the functions.
+// Runs the WKV-5 kernels, the very same source, on a processor. See launch.h for the functions.
 #include <type_traits>
 
+#ifdef WKV5_CHUNKED
+#include "wkv5_chunked.cu"  // brings the plain ones along
+#else
 #include "wkv5_cuda.cu"
+#endif
 
 static thread_local std::string problem;
 

@@ -81,7 +81,7 @@ def backward(
     """gr, gk, gv in r's dtype; gw (of the raw w), gu (H, N) and gstate (B, H, N, N) float32."""
     B, _, H, N = r.shape
     gr, gk, gv, gw, gu, gstate = (torch.empty_like(x) for x in (r, k, v, w, u, state))
-    parts = w.new_empty(B, H, N)
+    parts = w.new_empty(2, B, H, N)
     _call("backward", kernel, r, [r, k, v, w, u, state, gy, glast, gr, gk, gv, gw, gu, gstate, parts])
     return gr, gk, gv, gw, gu, gstate
 
@@ -110,7 +110,8 @@ def _library(N: int, dtype: torch.dtype, capability: tuple[int, int]) -> ctypes.
             raise build.BuildError(f"the CUDA kernels need nvcc, which was not found: {build.NVCC_REMEDY}")
         name = "".join(map(str, capability))
         only = [f"-DWKV5_HEAD_SIZE={N}", f"-DWKV5_DTYPE={DTYPES[dtype]}"]
-        flags = [*FLAGS, f"-gencode=arch=compute_{name},code=sm_{name}", *only]
+        chunked = ["-DWKV5_CHUNKED"] if capability >= TENSOR_CORES else []
+        flags = [*FLAGS, f"-gencode=arch=compute_{name},code=sm_{name}", *only, *chunked]
         library = build.load("wkv5_cuda", ["launch.cu"], flags, compiler=nvcc)
     except build.BuildError as error:
         _failure[:] = [str(error)]

@@ -47,9 +47,12 @@ def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def _library(N: int) -> ctypes.CDLL:
+def _library(N: int, dtype: torch.dtype | None, kernel: str) -> ctypes.CDLL:
+    only = [f"-DWKV5_HEAD_SIZE={N}"]
+    if kernel == "chunked":
+        only += ["-DWKV5_CHUNKED", f"-DWKV5_DTYPE={DTYPES[dtype]}"]  # long: one number format at a time
     try:
-        library = build.load("wkv5_emulated", ["launch_emulated.cpp"], [*FLAGS, f"-DWKV5_HEAD_SIZE={N}"])
+        library = build.load("wkv5_emulated", ["launch_emulated.cpp"], [*FLAGS, *only])
     except build.BuildError as error:
         _failure[:] = [str(error)]
         raise
@@ -57,9 +60,9 @@ def _library(N: int) -> ctypes.CDLL:
     return library
 
 
-def _call(function: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], tensors: list[Tensor]) -> None:
-    B, T, H, N = sizes
-    library = _library(N)
+def _call(kernel: str, direction: str, r: Tensor, tensors: list[Tensor]) -> None:
+    (B, T, H, N), dtype = r.shape, r.dtype
+    library, function = _library(N, dtype if kernel == "chunked" else None, kernel), f"wkv5_{kernel}_{direction}"
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
     numbers = [ctypes.c_int(DTYPES[dtype]), ctypes.c_int(N), *(ctypes.c_int64(n) for n in (B, T, H))]
     code = getattr(library, function)(*numbers, *pointers, ctypes.c_void_p())
@@ -68,11 +71,11 @@ def _call(function: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], t
 
 
 def forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor | None
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor | None, kernel: str = "plain"
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, N) in r's dtype and the last state (B, H, N, N). See `rwkv_nb.wkv.wkv5`."""
+    """y (B, T, H, N) in r's dtype and the last state (B, H, N, N). kernel: "plain" or "chunked"."""
     y, last = torch.empty_like(r), torch.empty_like(state)
-    _call("wkv5_plain_forward", r.dtype, tuple(r.shape), [r, k, v, w, u, state, y, last])
+    _call(kernel, "forward", r, [r, k, v, w, u, state, y, last])
     return y, last
 
 
@@ -86,13 +89,14 @@ def backward(
     saved: Tensor | None,
     gy: Tensor,
     glast: Tensor,
+    kernel: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """gr, gk, gv in r's dtype; gw (of the raw w), gu (H, N) and gstate (B, H, N, N) float32."""
-    B, T, H, N = r.shape
+    B, _, H, N = r.shape
     gr, gk, gv = torch.empty_like(r), torch.empty_like(r), torch.empty_like(r)
-    gw, gu, gstate, parts = torch.empty_like(w), torch.empty_like(u), torch.empty_like(state), w.new_empty(B, H, N)
+    gw, gu, gstate, parts = torch.empty_like(w), torch.empty_like(u), torch.empty_like(state), w.new_empty(2, B, H, N)
     tensors = [r, k, v, w, u, state, gy, glast, gr, gk, gv, gw, gu, gstate, parts]
-    _call("wkv5_plain_backward", r.dtype, (B, T, H, N), tensors)
+    _call(kernel, "backward", r, tensors)
     return gr, gk, gv, gw, gu, gstate
 
 

@@ -60,7 +60,7 @@ def test_it_compiles_for_this_architecture_head_size_and_format_alone(machine):
     with pytest.raises(build.BuildError, match="nvcc failed"):
         cuda.prepare()
     assert asked["sources"] == ["launch.cu"] and asked["compiler"] == "/opt/cuda/bin/nvcc"
-    assert {"-gencode=arch=compute_90,code=sm_90", "-DWKV5_HEAD_SIZE=64", "-DWKV5_DTYPE=0"} <= set(asked["flags"])
+    assert {"-gencode=arch=compute_90,code=sm_90", "-DWKV5_HEAD_SIZE=64", "-DWKV5_DTYPE=0", "-DWKV5_CHUNKED"} <= set(asked["flags"])
     assert not any("fast_math" in flag for flag in asked["flags"])
     assert cuda.why_not() == "wkv5_cuda: nvcc failed with exit code 2; see wkv5.log"  # from now on
 
@@ -103,6 +103,7 @@ def test_the_library_has_every_function_that_is_called():
     if (nvcc := build.find_nvcc()) is None:
         pytest.skip(f"not run: nvcc was not found: {build.NVCC_REMEDY}")
     flags = [*cuda.FLAGS, "-gencode=arch=compute_80,code=sm_80", "-DWKV5_HEAD_SIZE=16", "-DWKV5_DTYPE=0"]
+    flags += ["-DWKV5_CHUNKED"]
     path = build.build("wkv5_cuda", ("launch.cu",), tuple(flags), nvcc)
     library = ctypes.CDLL(str(path))  # the CUDA runtime is inside: no driver is needed to load it
     assert all(getattr(library, f"wkv5_{kernel}_{f}") for kernel in KERNELS for f in ("forward", "backward"))
