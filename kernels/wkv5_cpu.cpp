@@ -21,16 +21,17 @@
 //
 // Backward. Q is the gradient of the state after the chunk, gA[t,s] = gy_t . v_s:
 //
-//     gr_t = (S gy_t) d^t + pairs       gk_s = (Q v_s) d^(n-1-s) + pairs       gv_s = (k_s d^(n-1-s)) Q + sum_{t>=s} A[t,s] gy_t
-//     Q'   = d^n Q + sum_t (r_t d^t) gy_t^T
+//     gr_t = (S gy_t) d^t + pairs         gk_s = (Q v_s) d^(n-1-s) + pairs
+//     gv_s = (k_s d^(n-1-s)) Q + sum_{t>=s} A[t,s] gy_t           Q' = d^n Q + sum_t (r_t d^t) gy_t^T
 //
-// A factor x d^e whose gradient is g gives g d^e to x and e (x d^e) g to log d. So log d gets t r_t gr_t, (n-1-s) k_s gk_s,
-// n sum_i (d^n S)[j,i] Q[j,i], and the same for the factors in X and F. Exponents are >= 0: no term cancels another, and
-// nothing is divided by d, which may be 0. The states S are computed again, from one that forward kept now and then.
+// A factor x d^e whose gradient is g gives g d^e to x and e (x d^e) g to log d. So log d gets t r_t gr_t and
+// (n-1-s) k_s gk_s of the terms without pairs, n sum_i (d^n S)[j,i] Q[j,i], and the same for the factors in X and F. No
+// exponent is negative: terms do not cancel, and nothing is divided by d, which may be 0. The states S are computed
+// again, from one that forward kept now and then.
 //
-// Layout. S is [j][i] in forward. Backward has S and Q turned, [i][j]: then gr and gk are plain products, and for gv only
-// small matrices need turning. N is padded to a multiple of 16 with zeros, the last chunk to L steps: one path for all N
-// and T. Half precision becomes float when a chunk is loaded and is rounded to the nearest (ties to even) when stored.
+// Layout. S is [j][i] in forward. Backward has S and Q turned, [i][j]: then gr and gk are plain products, and for gv
+// only small matrices need turning. N is padded to a multiple of 16 with zeros, the last chunk to L steps: one path for
+// all N and T. Half precision becomes float when a chunk is loaded and is rounded (ties to even) when stored.
 
 #include <atomic>
 #include <cmath>
@@ -41,154 +42,21 @@
 #include <new>
 #include <system_error>
 #include <thread>
-#include <type_traits>
-#include <utility>
 #include <vector>
+
+#include "wkv5_cpu_registers.h"
 
 namespace {
 
-#define UNROLL _Pragma("GCC unroll 16")
 #define SEPARATE __attribute__((noinline))  // a function of its own: large loops compile quicker and no slower
-
-// ---- vectors: W floats in a register; a tile of ROWS x COLS registers holds the sums of a product ------------------
-
-#if defined(__AVX512F__)
-constexpr int W = 16, COLS = 4;
-#elif defined(__AVX__)
-constexpr int W = 8, COLS = 2;
-#elif defined(__aarch64__)
-constexpr int W = 4, COLS = 4;
-#else
-constexpr int W = 4, COLS = 2;
-#endif
-constexpr int ROWS = 4;
-#ifndef HINT
-#define HINT 3
-#endif
-
-typedef float vec __attribute__((vector_size(4 * W)));
-typedef float vec_anywhere __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t lanes __attribute__((vector_size(4 * W)));
-
-inline vec get(const float* p) { return *reinterpret_cast<const vec_anywhere*>(p); }
-inline void store(float* p, vec x) { *reinterpret_cast<vec_anywhere*>(p) = x; }
-
-// (a0 b0 a1 b1 ...) from the lower halves of a and b, or from the upper ones.
-template <int UPPER, int... I>
-inline vec interleave(vec a, vec b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, (UPPER * W / 2 + I / 2 + I % 2 * W)...);
-#else
-    return __builtin_shuffle(a, b, lanes{(UPPER * W / 2 + I / 2 + I % 2 * W)...});
-#endif
-}
-inline vec lower(vec a, vec b) { return interleave<0>(a, b, std::make_integer_sequence<int, W>()); }
-inline vec upper(vec a, vec b) { return interleave<1>(a, b, std::make_integer_sequence<int, W>()); }
-
-// The sums of W registers as one register. Each round halves the registers, and the parts that each sum is still in.
-inline vec sums(vec* x) {
-    UNROLL for (int h = W / 2; h >= 1; h /= 2)
-        UNROLL for (int i = 0; i < h; ++i) x[i] = lower(x[i], x[i + h]) + upper(x[i], x[i + h]);
-    return x[0];
-}
-
-// to[j][i] = from[i][j]: interleaving the first half of the rows with the second, log2(W) times, turns W x W numbers.
-inline void turn(vec (&to)[W], const vec* from) {
-    UNROLL for (int i = 0; i < W; ++i) to[i] = from[i];
-    UNROLL for (int round = W; round > 1; round /= 2) {
-        vec next[W];
-        UNROLL for (int i = 0; i < W / 2; ++i) {
-            next[2 * i] = lower(to[i], to[i + W / 2]);
-            next[2 * i + 1] = upper(to[i], to[i + W / 2]);
-        }
-        UNROLL for (int i = 0; i < W; ++i) to[i] = next[i];
-    }
-}
-SEPARATE void turn(float* to, long to_row, const float* from, long from_row, long rows, long cols) {
-    for (long i = 0; i < rows; i += W)
-        for (long j = 0; j < cols; j += W) {
-            if (i + W <= rows && j + W <= cols) {
-                vec x[W], turned[W];
-                UNROLL for (int y = 0; y < W; ++y) x[y] = get(from + (i + y) * from_row + j);
-                turn(turned, x);
-                UNROLL for (int y = 0; y < W; ++y) store(to + (j + y) * to_row + i, turned[y]);
-            } else
-                for (long y = i; y < rows && y < i + W; ++y)
-                    for (long x = j; x < cols && x < j + W; ++x) to[x * to_row + y] = from[y * from_row + x];
-        }
-}
-
-template <int R, int C>
-inline void clear(vec (&sum)[R][C]) {
-    UNROLL for (int x = 0; x < R; ++x) UNROLL for (int c = 0; c < C; ++c) sum[x][c] = vec{};
-}
-template <int R, int C>
-inline void store(float* to, long row, const vec (&sum)[R][C]) {
-    UNROLL for (int x = 0; x < R; ++x) UNROLL for (int c = 0; c < C; ++c) store(to + x * row + c * W, sum[x][c]);
-}
-// sum[x][c] += sum_k a[x, k] b[k, c]: a is read number by number (steps ax and ak), b in rows of registers.
-template <int R, int C>
-inline void multiply(vec (&sum)[R][C], const float* a, long ax, long ak, const float* b, long b_row, long K) {
-    for (long k = 0; k < K; ++k) {
-        vec row[C];
-        UNROLL for (int c = 0; c < C; ++c) row[c] = get(b + k * b_row + c * W);
-        UNROLL for (int x = 0; x < R; ++x)
-            UNROLL for (int c = 0; c < C; ++c) sum[x][c] += a[x * ax + k * ak] * row[c];
-    }
-}
-// body(constant C, first row, first column) for tiles of R rows and C registers that cover rows x cols.
-template <int R, int C, class Body>
-inline void tiles(long rows, long cols, Body body) {
-    for (long x = 0; x < rows; x += R) {
-        long c = 0;
-        for (; c + C * W <= cols; c += C * W) body(std::integral_constant<int, C>(), x, c);
-        if (C > 1)
-            for (; c < cols; c += W) body(std::integral_constant<int, 1>(), x, c);
-    }
-}
-
-// ---- number formats --------------------------------------------------------------------------------------------
-
-enum Format : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
-inline uint32_t bits(float x) {
-    uint32_t b;
-    std::memcpy(&b, &x, 4);
-    return b;
-}
-inline float number(uint32_t b) {
-    float x;
-    std::memcpy(&x, &b, 4);
-    return x;
-}
-inline float from_bfloat16(uint16_t x) { return number(uint32_t(x) << 16); }
-inline uint16_t to_bfloat16(float x) {
-    const uint32_t b = bits(x), even = b + 0x7fff + (b >> 16 & 1);  // ties go to the even neighbour
-    return (b & 0x7fffffff) > 0x7f800000 ? uint16_t(b >> 16 | 0x40) : uint16_t(even >> 16);  // NaN stays NaN
-}
-// 5 bits of exponent, 10 of fraction: shifted into the place of a float's, the value is 2^112 times too small.
-inline float from_float16(uint16_t x) {
-    const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = uint32_t(x & 0x7fff) << 13;
-    const uint32_t finite = bits(number(rest) * 0x1p112f), infinite = rest | 0x7f800000;
-    return number(sign | ((x & 0x7c00) == 0x7c00 ? infinite : finite));
-}
-inline uint16_t to_float16(float x) {
-    const uint32_t b = bits(x), sign = b >> 16 & 0x8000, rest = b & 0x7fffffff;
-    const uint32_t small = bits(number(rest) + 0.5f) - bits(0.5f);  // below 2^-14: the addition rounds to 2^-24
-    const uint32_t normal = (rest + 0xfff + (rest >> 13 & 1) - (112u << 23)) >> 13;
-    const uint32_t big = rest > 0x7f800000 ? 0x7e00 : 0x7c00;  // NaN; infinity, which 65520 rounds to
-    return uint16_t(sign | (rest >= 0x477ff000 ? big : rest < 0x38800000 ? small : normal));
-}
 
 // ---- one call ------------------------------------------------------------------------------------------------------
 
 constexpr int L = 16, BLOCK = 4;  // steps of a chunk, and of a block of pairs on the diagonal
-#ifndef SK
-#define SK 80
-#endif
-constexpr long SKEW = SK;
-constexpr long TABLE = 2 * L + 3;
-constexpr double TINY = 1e-30;  // a smaller power counts as 0: subnormal products are slow, and nothing sees the difference
+constexpr long TABLE = 2 * L + 3;  // rows: u; d^0 ... d^L; what rounding these to float took away
+constexpr long SKEW = 80;      // floats between two buffers, so that they do not lie a multiple of 4096 bytes apart
+constexpr int64_t BUNDLE = 8;  // heads that go through time together
+constexpr double TINY = 1e-30;  // a smaller power counts as 0: subnormal products are slow and change nothing
 
 // What rwkv_nb/wkv/cpu.py hands over, in this order; shapes as there. What a call does not need is null.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
@@ -216,7 +84,7 @@ struct Buffer {
 struct Problem : Call {
     const long P;                        // N rounded up to a multiple of 16
     std::vector<double> log_d;           // (H, P)
-    Buffer tables;                       // (H, TABLE, P): u; d^0 ... d^L; what rounding these to float took away
+    Buffer tables;                       // (H, TABLE, P)
     std::vector<double> glog, gbonus;    // (B, H, P): gradients of log d and u, to be summed over B
 
     Problem(const Call& call, bool backward) : Call(call), P((N + 15) / 16 * 16), log_d(H * P), tables(H * TABLE * P) {
@@ -237,7 +105,7 @@ struct Problem : Call {
                 now[j] = now[j] * d[j] < TINY ? 0 : now[j] * d[j];
             }
     }
-    int64_t groups() const { return (T + every - 1) / every; }  // stretches of time with a kept state at each start
+    int64_t stretches() const { return T > every ? (T + every - 1) / every : 1; }  // a state is kept between any two
 };
 
 // Works off heads, one after the other, in scratch memory of its own.
@@ -249,37 +117,48 @@ class Worker {
     const long P = p.P;
 #endif
     int64_t b = 0, h = 0;
-    float *r, *k, *v, *gy, *gr, *gk, *X;                // (L, P): the chunk; X: r and k scaled for the pairs, or scratch
+    float *r, *k, *v, *gy, *gr, *gk, *X;                // (L, P): the chunk; X: r and k scaled
     float *A, *gA, *glog, *gu;                          // (L, L), (L, L), (P), (P)
-    float *F;                                                 // (TABLE, P): those of the head
-    float *S, *Q, *states;                              // (P, P), (P, P), (every / L, P, P)
+    float *F;                                           // (TABLE, P): those of the head
+    float *S, *Q;                                       // (P, P), in backward turned
+    float *keys = nullptr, *states = nullptr;           // k, then v, and S at each chunk of a stretch
     const char* wanted[7 * L];                          // rows to fetch, the last one first
     int n_wanted = 0;
 
 public:
     // Floats of scratch.
     static int64_t scratch(const Problem& p, bool backward) {
-        return (7 * L + 2 + TABLE) * p.P + 2 * L * L + (backward ? p.every / L + 1 : 1) * (p.P * p.P + SKEW) + 12 * SKEW;
+        const int64_t once = (7 * L + 2 + TABLE) * p.P + 2 * L * L + p.P * p.P + 16 * SKEW;
+        return once + (backward ? p.every / L * (2 * L * p.P + p.P * p.P + SKEW) : 0);
     }
     Worker(Problem& p, float* scratch, bool backward) : p(p) {
         const auto take = [&scratch](long n) { return (scratch += n + SKEW) - n - SKEW; };
-        for (float** x : {&r, &k, &v, &gy, &gr, &gk, &X}) *x = take(L * P);
+        for (float** x : {&r, &k, &v, &X, &gy, &gr, &gk}) *x = take(L * P);
         A = take(L * L), gA = take(L * L), glog = take(P), gu = take(P), F = take(TABLE * P);
         S = Q = take(P * P);
-        states = backward ? take(p.every / L * (P * P + SKEW)) : nullptr;
+        if (!backward) return;
+        keys = take(2 * p.every * P + SKEW);
+        states = take(p.every / L * (P * P + SKEW));
     }
 
-    void forward(int64_t batch, int64_t head) {
-        b = batch, h = head;
-        std::memcpy(F, p.tables.data + h * TABLE * P, sizeof(float) * TABLE * P);
-        load_state(S, p.state + state(), false);
-        for (int64_t t0 = 0; t0 < p.T; t0 += L) {
+    // One head, steps [start, start + every); `more`: the next head follows. Between two such stretches of time `last`
+    // and `gstate` hold the state.
+    void forward(int64_t batch, int64_t head, int64_t start, bool more) {
+        const int64_t end = start + steps(start, p.T, p.every);
+        begin(batch, head);
+        load_state(S, start ? p.last + state() : p.state + state(), false);
+        if (start && p.saved) store_state(saved(start), S, false);
+        for (int64_t t0 = start; t0 < end; t0 += L) {
             const int n = steps(t0, p.T);
-            if (p.saved && t0 && t0 % p.every == 0) store_state(saved(t0), S, false);
             load(r, p.r, t0, n);
             load(k, p.k, t0, n);
             load(v, p.v, t0, n);
-            n_wanted = 0; soon(p.v, t0 + L); soon(p.k, t0 + L); soon(p.r, t0 + L); soon(p.y, t0);
+            n_wanted = 0;
+            for (const void* x : {p.v, p.k, p.r}) {
+                if (t0 + L < end) soon(x, t0 + L, h);
+                else if (more) soon(x, start, h + 1);
+            }
+            soon(p.y, t0, h);
             near_pairs();
             far_pairs(8);
             far_pairs(4);
@@ -291,32 +170,52 @@ public:
         store_state(p.last + state(), S, false);
     }
 
-    void backward(int64_t batch, int64_t head) {
-        b = batch, h = head;
-        std::memcpy(F, p.tables.data + h * TABLE * P, sizeof(float) * TABLE * P);
-        load_state(Q, p.glast + state(), true);
-        for (int64_t group = p.groups() - 1; group >= 0; --group) {
-            const int64_t start = group * p.every, end = start + steps(start, p.T, p.every);
-            int c = 0;
-            load_state(states, group ? saved(start) : p.state + state(), true);
-            for (int64_t t0 = start; t0 + L < end; t0 += L, ++c) {
-                load(k, p.k, t0, L);
-                load(v, p.v, t0, L);
-                n_wanted = 0; soon(p.v, t0 + L); soon(p.k, t0 + L);
-                for (int s = 0; s < L; ++s) scale(k + s * P, k + s * P, L - 1 - s);
-                update(states + (c + 1) * (P * P + SKEW), states + c * (P * P + SKEW), v, k, L, true);
-            }
-            for (; c >= 0; --c) chunk_backward(start + c * L, steps(start + c * L, end), states + c * (P * P + SKEW));
+    // The same for the gradients; stretches come last to first. In each: the states at the starts of all chunks, then
+    // the gradients from the last chunk to the first.
+    void backward(int64_t batch, int64_t head, int64_t start, bool more) {
+        const int64_t end = start + steps(start, p.T, p.every);
+        int64_t c = 0, chunks = (end - start + L - 1) / L;
+        begin(batch, head);
+        load_state(Q, end == p.T ? p.glast + state() : p.gstate + state(), end == p.T);
+        load_state(states, start ? saved(start) : p.state + state(), true);
+        for (; c < chunks; ++c) {
+            const int64_t t0 = start + c * L;
+            at_chunk(c);
+            load(k, p.k, t0, steps(t0, end));
+            load(v, p.v, t0, steps(t0, end));
+            if (c + 1 == chunks) break;
+            n_wanted = 0;
+            for (const void* x : {p.v, p.k}) soon(x, t0 + L, h);
+            if (c + 2 == chunks) soon(p.r, t0 + L, h), soon(p.gy, t0 + L, h);
+            for (int s = 0; s < L; ++s) scale(X + s * P, k + s * P, L - 1 - s);
+            update(S + P * P + SKEW, S, v, X, L, true);
         }
-        store_state(p.gstate + state(), Q, true);
+        while (--chunks >= 0) {
+            const int64_t t0 = start + chunks * L;
+            at_chunk(chunks);
+            n_wanted = 0;
+            for (const void* x : {p.gy, p.r})
+                if (chunks) soon(x, t0 - L, h);
+            for (const void* x : {p.v, p.k})
+                if (!chunks && more) soon(x, start, h + 1);
+            for (const void* x : {p.gv, p.gk, p.gr}) soon(x, t0, h);
+            chunk_backward(t0, steps(t0, end));
+        }
+        store_state(p.gstate + state(), Q, start == 0);
     }
 
 private:
     static int64_t steps(int64_t t0, int64_t end, int64_t most = L) { return end - t0 < most ? end - t0 : most; }
     const float* power(long e) const { return F + (1 + e) * P; }
     const float* rest(long e) const { return F + (2 + L + e) * P; }
+    void begin(int64_t batch, int64_t head) {
+        b = batch, h = head;
+        std::memcpy(F, p.tables.data + h * TABLE * P, sizeof(float) * TABLE * P);
+    }
     int64_t state() const { return (b * p.H + h) * p.N * p.N; }
-    float* saved(int64_t t0) const { return p.saved + ((b * p.H + h) * (p.groups() - 1) + t0 / p.every - 1) * p.N * p.N; }
+    float* saved(int64_t t0) const {
+        return p.saved + ((b * p.H + h) * (p.stretches() - 1) + t0 / p.every - 1) * p.N * p.N;
+    }
     int64_t offset(int64_t t) const { return ((b * p.T + t) * p.H + h) * p.N; }
 
     // n steps from t0 on; the rest of the chunk and of the padded channels is zero.
@@ -356,19 +255,18 @@ private:
         if (turned) turn(to, p.N, from, P, p.N, p.N);
         else for (long j = 0; j < p.N; ++j) copy(to + j * p.N, from + j * P, p.N);
     }
-    // The rows of the chunk at t0 will be needed. A row is a page away from the one before, so the processor cannot guess
-    // it: `ask` fetches a few into the cache, little by little, while products are computed.
-    void soon(const void* tensor, int64_t t0) {
+    // The rows of the chunk at t0 will be needed. A row is a page away from the one before, so the processor cannot
+    // guess it: `ask` fetches a few into the cache, little by little, while products are computed.
+    void soon(const void* tensor, int64_t t0, int64_t head) {
         const int64_t bytes = p.format == FLOAT32 ? 4 : 2, step = p.H * p.N * bytes;
-        if (t0 < 0 || t0 >= p.T) return;
-        const char* row = static_cast<const char*>(tensor) + offset(t0) * bytes;
+        const char* row = static_cast<const char*>(tensor) + (offset(t0) + (head - h) * p.N) * bytes;
         for (int n = steps(t0, p.T); n > 0; --n, row += step) wanted[n_wanted++] = row;
     }
     void ask() {
         const int64_t bytes = p.N * (p.format == FLOAT32 ? 4 : 2);
         for (int i = 0; i < 2 && n_wanted > 0; ++i) {
             const char* row = wanted[--n_wanted];
-            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, HINT);
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
         }
     }
 
@@ -470,12 +368,14 @@ private:
 
     // ---- backward
 
-    void chunk_backward(int64_t t0, int n, const float* S) {
+    void at_chunk(int64_t c) {
+        k = keys + c * L * P;
+        v = keys + p.every * P + SKEW + c * L * P;
+        S = states + c * (P * P + SKEW);
+    }
+    void chunk_backward(int64_t t0, int n) {
         load(r, p.r, t0, n);
-        load(k, p.k, t0, n);
-        load(v, p.v, t0, n);
         load(gy, p.gy, t0, n);
-        n_wanted = 0; soon(p.gy, t0 - L); soon(p.v, t0 - L); soon(p.k, t0 - L); soon(p.r, t0 - L); soon(p.gv, t0); soon(p.gk, t0); soon(p.gr, t0);
         for (int t = 0; t < L; t += BLOCK)
             for (int s = 0; s <= t; s += BLOCK) dots(gA + t * L + s, gy + t * P, v + s * P);
         near_pairs();
@@ -484,9 +384,8 @@ private:
             far_pairs(half);
             far_gradients(half);
         }
-        carried(S, n);
-        through(gr, gy, S, r, p.gr, t0, n, [](int t) { return t; });
-        through(gk, v, Q, k, p.gk, t0, n, [n](int s) { return s < n ? n - 1 - s : 0; });
+        through(gr, gy, S, r, Q, p.gr, t0, n, [](int t) { return t; });
+        through(gk, v, Q, k, nullptr, p.gk, t0, n, [n](int s) { return s < n ? n - 1 - s : 0; });
         values(t0, n);
         for (int t = 0; t < L; ++t) scale(r + t * P, r + t * P, t);
         update(Q, Q, gy, r, n, true);
@@ -544,33 +443,31 @@ private:
             }
         });
     }
-    // What log d gets from the part of S that outlives the chunk.
-    SEPARATE void carried(const float* S, int n) {
-        tiles<1, COLS>(1, P, [&](auto columns, long, long c) {
-            constexpr int C = columns;
-            vec sum[2][C];
-            clear(sum);
-            for (long i = 0; i < P; i += 2)
-                UNROLL for (int y = 0; y < 2; ++y)
-                    UNROLL for (int z = 0; z < C; ++z)
-                        sum[y][z] += get(S + (i + y) * P + c + z * W) * get(Q + (i + y) * P + c + z * W);
-            UNROLL for (int z = 0; z < C; ++z) {
-                float* at = glog + c + z * W;
-                store(at, get(at) + float(n) * get(power(n) + c + z * W) * (sum[0][z] + sum[1][z]));
-            }
-        });
-    }
-    // g += (a M) d^e, M the turned state or its gradient; log d gets e x g. Then g is complete.
+    // g += (a M) d^e, M the turned state or its gradient; log d gets e x g. Then g is complete. With M = S, other = Q
+    // log d also gets what S leaves behind the chunk, n sum_i (d^n S)[j, i] Q[j, i]: in the first rows, where each
+    // register of S is loaded anyway.
     template <class Exponent>
-    SEPARATE void through(float* g, const float* a, const float* M, const float* x, void* out, int64_t t0, int n, Exponent e) {
+    SEPARATE void through(float* g, const float* a, const float* M, const float* x, const float* other, void* out,
+                          int64_t t0, int n, Exponent e) {
         tiles<BLOCK, COLS>(L, P, [&](auto columns, long t, long c) {
             constexpr int C = columns;
-            vec sum[BLOCK][C];
+            vec sum[BLOCK][C], carried[1][C];
             clear(sum);
+            clear(carried);
             ask();
-            multiply(sum, a + t * P, P, 1, M + c, P, P);
+            if (other && t == 0) {
+                for (long i = 0; i < P; ++i) {
+                    vec row[C];
+                    UNROLL for (int z = 0; z < C; ++z) row[z] = get(M + i * P + c + z * W);
+                    UNROLL for (int z = 0; z < C; ++z) carried[0][z] += row[z] * get(other + i * P + c + z * W);
+                    UNROLL for (int y = 0; y < BLOCK; ++y)
+                        UNROLL for (int z = 0; z < C; ++z) sum[y][z] += a[y * P + i] * row[z];
+                }
+            } else {
+                multiply(sum, a + t * P, P, 1, M + c, P, P);
+            }
             UNROLL for (int z = 0; z < C; ++z) {
-                vec share = get(glog + c + z * W);
+                vec share = get(glog + c + z * W) + float(n) * get(power(n) + c + z * W) * carried[0][z];
                 UNROLL for (int y = 0; y < BLOCK; ++y) {
                     const long at = (t + y) * P + c + z * W;
                     const vec gx = sum[y][z] * get(power(e(t + y)) + c + z * W);
@@ -599,7 +496,8 @@ private:
                             const vec ks = get(kdT + (j + z) * L + s0);
                             UNROLL for (int x = 0; x < ROWS; ++x) part[x][z] += Q[(i + y + x) * P + j + z] * ks;
                         }
-                    UNROLL for (int x = 0; x < ROWS; ++x) turned[y + x] = (part[x][0] + part[x][1]) + (part[x][2] + part[x][3]);
+                    UNROLL for (int x = 0; x < ROWS; ++x)
+                        turned[y + x] = (part[x][0] + part[x][1]) + (part[x][2] + part[x][3]);
                 }
                 turn(sum, turned);
                 for (long t = s0; t < L; ++t) {
@@ -619,28 +517,37 @@ struct Job {
     Problem& p;
     bool backward;
     float* scratch;
-    int64_t scratch_each;
-    std::atomic<int64_t> next_worker{0}, next_head{0};
+    int64_t scratch_each, bundles;
+    std::atomic<int64_t> next_worker{0}, next_task{0};
 
+    // A task is a bundle of heads of one batch row, worked off stretch by stretch: steps lie pages apart, and heads
+    // that share these pages find them in the processor's table of addresses.
     static void work(void* job) {
         Job& self = *static_cast<Job*>(job);
         const Problem& p = self.p;
         Worker worker(self.p, self.scratch + self.next_worker++ * self.scratch_each, self.backward);
-        for (int64_t i; (i = self.next_head++) < p.B * p.H;) {
-            if (self.backward) worker.backward(i / p.H, i % p.H);
-            else worker.forward(i / p.H, i % p.H);
+        for (int64_t i; (i = self.next_task++) < p.B * self.bundles;) {
+            const int64_t b = i / self.bundles, first = i % self.bundles * p.H / self.bundles;
+            const int64_t end = (i % self.bundles + 1) * p.H / self.bundles;
+            for (int64_t c = 0; c < p.stretches(); ++c)
+                for (int64_t h = first; h < end; ++h) {
+                    if (self.backward) worker.backward(b, h, (p.stretches() - 1 - c) * p.every, h + 1 < end);
+                    else worker.forward(b, h, c * p.every, h + 1 < end);
+                }
         }
     }
 };
 
-// Threads of our own would share the cores with those of torch, which keep spinning for a while after each operation; so
-// cpu.py gives us GOMP_parallel of the OpenMP library that torch has loaded, where it finds it.
+// Threads of our own would share the cores with those of torch, which keep spinning for a while after each operation.
+// So cpu.py gives us GOMP_parallel of the OpenMP library that torch has loaded, where it finds it.
 void run(Problem& p, bool backward) {
-    const int64_t threads = p.threads < p.B * p.H ? p.threads : p.B * p.H;
+    const int64_t heads = p.B * p.H, threads = p.threads < heads ? p.threads : heads;
     if (threads < 1) return;
+    int64_t bundle = heads / (2 * threads);  // at least two bundles a thread
+    bundle = bundle < 1 ? 1 : bundle > BUNDLE ? BUNDLE : bundle;
     const int64_t each = (Worker::scratch(p, backward) + 15) / 16 * 16;
     const Buffer scratch(threads * each);
-    Job job{p, backward, scratch.data, each};
+    Job job{p, backward, scratch.data, each, (p.H + bundle - 1) / bundle};
     if (threads == 1) {
         Job::work(&job);
     } else if (p.parallel) {

@@ -115,9 +115,13 @@ def test_every_half_precision_number_comes_in_and_goes_out(dtype):
         assert (~torch.isfinite(y[torch.isinf(every)])).all()  # 0 times infinity is part of the sum: NaN is fine
 
 
-@pytest.mark.parametrize("N", [16, 64])
-def test_one_thread_and_several_give_the_same_bits(N):
-    tensors, before = inputs(3, 70, 3, N), torch.get_num_threads()
+def test_many_heads_and_stretches_of_time():
+    agree(inputs(2, 600, 10, 16))  # heads go through time in bundles of 8, in stretches of 256 steps
+
+
+@pytest.mark.parametrize("shape", [(3, 70, 3, 16), (1, 300, 9, 64)])
+def test_one_thread_and_several_give_the_same_bits(shape):
+    tensors, before = inputs(*shape), torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 5):
@@ -281,9 +285,8 @@ def test_no_compiler(fresh, monkeypatch):
 
 def test_a_compiler_that_fails(fresh, monkeypatch, tmp_path):
     script = tmp_path / "c++"
-    script.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\nfor last; do :; done\necho half > "$last"\necho broken >&2\nexit 3\n'
-    )
+    write_half = 'for last; do :; done\necho half > "$last"\necho broken >&2\nexit 3\n'
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\n' + write_half)
     script.chmod(0o755)
     monkeypatch.setattr(build, "find_cxx", lambda: str(script))
     assert cpu.why_not() is None
