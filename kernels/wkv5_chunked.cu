@@ -11,8 +11,8 @@
 //
 // Two kernels do everything, for backward in time is forward in time with other names. Q, the gradient of the state
 // after a step, becomes d Q + r_t g_t^T from one step to the step before, as S becomes d S + k_t v_t^T. So
-//     wkv5_values  gives y and the last state;      with k, r, g for r, k, v, backward in time: gv and the gradient of state
-//     wkv5_keys    gives gr, gu and gw;             with k, r, g, v for r, k, v, g, backward in time: gk
+//     wkv5_values  gives y and the last state;  with k, r, g for r, k, v, backward in time: gv and the state's gradient
+//     wkv5_keys    gives gr, gu and gw;         with k, r, g, v for r, k, v, g, backward in time: gk
 // Nothing is kept from forward for backward. gw needs X = dS / d log d, which follows S: each power d^n of the second
 // kernel is accompanied by n d^n, so that sums of positive exponents are never a difference of large ones.
 //
@@ -22,16 +22,17 @@
 // exception: float numbers below 1e-35 lose digits in the split.
 //
 // A warp keeps 16 channels of the state (values here, keys there) against all N of the other kind, in the registers of
-// the tensor cores' result: lane (g, q) = (lane / 4, lane % 4) has its rows and columns g, 2 q, 2 q + 1 ... of emulate.h.
-// Which channel a row or column stands for is our choice: of 16 channels, tile 0 has the even ones and tile 1 the odd
-// ones. Then a lane's share of a result is the channels 4 q to 4 q + 3 of steps g and g + 8, of a factor the channels
-// 2 g and 2 g + 1 of steps q, q + 4, q + 8, q + 12: neighbours in memory. And a result is, as it lies in the registers,
-// a factor of the next product: the state is read and written without moving a number between lanes.
+// the tensor cores' result: lane (g, q) = (lane / 4, lane % 4) has rows and columns g, 2 q, 2 q + 1 ... as in emulate.h.
+// Which channel or step a row or column stands for is our choice. Of 16 channels, tile 0 has the even ones and tile 1
+// the odd ones; of 16 steps, row or column g stands for t = g / 2 + 4 (g % 2), the other half of the rows for t + 8.
+// Then a lane's share of a result is the channels 4 q to 4 q + 3 of steps t and t + 8, of a factor that is summed over
+// time the channels 2 g and 2 g + 1 of steps q, q + 4, q + 8, q + 12: neighbours in memory. And a result is, as it lies
+// in the registers, a factor of the next product: the state is read and written without moving a number between lanes.
 //
 // Costs at B 8, T 4096, H 64, N 64, bfloat16: forward moves 1.07 GB and multiplies for about 0.1 ms. What limits is the
-// number of instructions: 4 warps a block issue some 570 each a chunk (570 to 980 backward), four blocks a processor:
-// hence registers for 128 threads four times (three where X is kept). Launch: grid B H, block 2 N; compute capability
-// 8.0 or newer; any T; r.numel() below 2^31; arrays aligned to 16 bytes. A NaN may spread over its chunk.
+// number of instructions: each of a block's 4 warps issues some 600 a chunk (940 for gr with gw), and a processor has
+// four blocks: hence registers for four times 128 threads (three times where X is kept). A NaN spreads over its chunk.
+// Launch: grid B H, block 2 N; compute capability 8.0 or newer; any T; r.numel() below 2^31; arrays aligned to 16 bytes.
 // Sources: as wkv5_cuda.cu; chunks for decays of a channel: "Gated Linear Attention" (arXiv 2312.06635).
 #include "wkv5_cuda.cu"  // Decay, and the sum over the batch
 
@@ -98,18 +99,18 @@ template <typename T, int count, int n> struct Waiting {
 // [sharing factors]
 // x: channels 4 q to 4 q + 3 of two steps t, t + 8. The first as a factor whose rows are steps and whose columns are
 // channels, which the same lane of every warp wants; the second as one with channels in columns and steps in rows,
-// which lane 4 g + q wants for channel 2 g (tile 0) or 2 g + 1 (tile 1) and the steps q, q + 8, q + 4, q + 12.
+// which lane (g, q) wants for channel 2 g (tile 0) or 2 g + 1 (tile 1) and steps q, q + 8, q + 4, q + 12.
 __device__ inline void share_rows(Shared<float> to, int warp, const float (&x)[2][4]) {
     for (int p = 0; p < 2; p++) {
         const Pack<float, 4> pack = {x[0][p], x[1][p], x[0][p + 2], x[1][p + 2]};
         store(to, ((2 * warp + p) * 32 + threadIdx.x % 32) * 4, pack);
     }
 }
-__device__ inline void share_columns(Shared<float> to, int warp, const float (&x)[2][4], int s) {
+__device__ inline void share_columns(Shared<float> to, int warp, const float (&x)[2][4], int t) {
     for (int e = 0; e < 4; e++) {
-        const int lane = (2 * (threadIdx.x % 4) + e / 2) * 4 + s % 4;
+        const int lane = (2 * (threadIdx.x % 4) + e / 2) * 4 + t % 4;
         const Pack<float, 2> pack = {x[0][e], x[1][e]};
-        store(to, ((2 * warp + e % 2) * 32 + lane) * 4 + s / 4 * 2, pack);
+        store(to, ((2 * warp + e % 2) * 32 + lane) * 4 + t / 4 * 2, pack);
     }
 }
 __device__ inline Pack<float, 4> shared_factor(Shared<float> from, int tile) {
@@ -117,8 +118,8 @@ __device__ inline Pack<float, 4> shared_factor(Shared<float> from, int tile) {
 }
 
 // [pairs of steps]
-// A lane's part of A[t, s]: columns s = q and q + 4 of row t = g (upper), of row g + 8 (left), and columns q + 8 and
-// q + 12 of row g + 8 (lower). The rest of A has s > t.
+// A lane's part of A: columns s = q and q + 4 of row t (upper), of row t + 8 (left), and columns q + 8 and q + 12 of
+// row t + 8 (lower). The rest of A has s > t.
 struct Pairs { float upper[2], left[2], lower[2]; };
 
 // The level of steps t and s: 0 if they are the same, -1 if s comes later.
@@ -127,7 +128,7 @@ __device__ inline int level(int t, int s) {
     return t < s ? -1 : differ < 2 ? differ : differ < 4 ? 2 : differ < 8 ? 4 : 8;
 }
 
-// sum_j r_t[j] k_s[j] over 16 channels; r: steps g and g + 8, k: those of column g of A.
+// sum_j r_t[j] k_s[j] over 16 channels; of both factors a lane gives steps t and t + 8.
 template <bool FINE, bool EXACT>
 __device__ inline Pairs pair_products(const float (&r)[2][4], const float (&k)[2][4]) {
     float early[4] = {}, late[4] = {};
@@ -286,7 +287,7 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
         __syncthreads();  // all of it is there
 
         // [values: read the state]
-        float out[2][4] = {};  // out[p]: steps g and g + 8, values mine + 4 q + i % 2 * 2 + p
+        float out[2][4] = {};  // out[p][i]: step t + i / 2 * 8, value mine + 4 q + i % 2 * 2 + p
 #pragma unroll
         for (int m = 0; m < N / 16; m++) {
             for (int p = 0; p < 2; p++) {
@@ -426,7 +427,8 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
         __syncthreads();  // all of it is there
 
         // [keys: read the state]
-        float out[2][4] = {}, slope[2][4] = {};  // S g_t and X g_t for steps g and g + 8, keys mine + 4 q + i % 2 * 2 + p
+        // S g_t and X g_t, [p][i]: step t + i / 2 * 8, key mine + 4 q + i % 2 * 2 + p
+        float out[2][4] = {}, slope[2][4] = {};
 #pragma unroll
         for (int m = 0; m < N / 16; m++) {
             for (int p = 0; p < 2; p++) {
