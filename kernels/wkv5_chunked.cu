@@ -22,7 +22,7 @@
 // exception: float numbers below 1e-35 lose digits in the split.
 //
 // A warp keeps 16 channels of the state (values here, keys there) against all N of the other kind, in the registers of
-// the tensor cores' result: lane (g, q) = (lane / 4, lane % 4) has rows and columns g, 2 q, 2 q + 1 ... as in emulate.h.
+// the tensor cores' result: lane (g, q) = (lane / 4, lane % 4) has rows and columns g, 2 q, 2 q + 1 as in emulate.h.
 // Which channel or step a row or column stands for is our choice. Of 16 channels, tile 0 has the even ones and tile 1
 // the odd ones; of 16 steps, row or column g stands for t = g / 2 + 4 (g % 2), the other half of the rows for t + 8.
 // Then a lane's share of a result is the channels 4 q to 4 q + 3 of steps t and t + 8, of a factor that is summed over
@@ -32,7 +32,7 @@
 // Costs at B 8, T 4096, H 64, N 64, bfloat16: forward moves 1.07 GB and multiplies for about 0.1 ms. What limits is the
 // number of instructions: each of a block's 4 warps issues some 600 a chunk (940 for gr with gw), and a processor has
 // four blocks: hence registers for four times 128 threads (three times where X is kept). A NaN spreads over its chunk.
-// Launch: grid B H, block 2 N; compute capability 8.0 or newer; any T; r.numel() below 2^31; arrays aligned to 16 bytes.
+// Launch: grid B H, block 2 N; compute capability 8.0 or newer; any T; r.numel() < 2^31; arrays aligned to 16 bytes.
 // Sources: as wkv5_cuda.cu; chunks for decays of a channel: "Gated Linear Attention" (arXiv 2312.06635).
 #include "wkv5_cuda.cu"  // Decay, and the sum over the batch
 
@@ -390,7 +390,7 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
     SHARED(float, powers, 13 * N);
     const Shared<float> log_d = powers + 9 * N, bonus = log_d + N, far = bonus + N, far_rest = far + N;
     fill_tables<N>(powers, log_d, bonus, far, far_rest, w, u, h * N);
-    __syncthreads();  // the powers are there
+    // No barrier: the powers are read after the first one of a chunk.
 
     // [keys: load the state]
     float S[N / 16][2][4];  // S[m][p][i]: key mine + 2 g + i / 2, value 16 m + 4 q + i % 2 * 2 + p

@@ -1,0 +1,144 @@
+"""The fast CUDA kernels' source on the processor: right against float64, deterministic, and no barrier too few or many.
+
+The plain kernels, and the emulator's own faculties, are tested in test_emulated.py and test_emulator.py.
+"""
+
+import re
+
+import pytest
+import torch
+
+from rwkv_nb.wkv import emulated, emulator, wkv5_reference
+from rwkv_nb.wkv.emulator import Launch
+
+pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+
+SOURCE = "wkv5_chunked.cu"
+NAMES = ("y", "last", "gr", "gk", "gv", "gw", "gu", "gstate")
+# Largest error, relative to the largest number. Half precision: its own rounding, and that of products to tf32.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11 + 1e-3, torch.bfloat16: 2**-8 + 1e-3}
+INSTANCES = [(16, torch.float32), (64, torch.float32), (128, torch.float32), (32, torch.float16), (64, torch.bfloat16)]
+
+
+def inputs(B, T, H, N, w=(-10.0, 4.0), dtype=torch.float32, seed=0):
+    """r, k, v, w, u, state, gy, glast."""
+    g = torch.Generator().manual_seed(seed)
+    r, k, v, gy = (torch.randn(B, T, H, N, generator=g).to(dtype) for _ in range(4))
+    u = torch.randn(H, N, generator=g)
+    state, glast = (torch.randn(B, H, N, N, generator=g) for _ in range(2))
+    return [r, k, v, torch.empty(H, N).uniform_(*w, generator=g), u, state, gy, glast]
+
+
+def truth(r, k, v, w, u, state, gy, glast):
+    """The loop in float64, gradients by autograd."""
+    tensors = [x.double().requires_grad_() for x in (r, k, v, w, u, state)]
+    y, last = wkv5_reference(*tensors)
+    directions = [gy.double(), glast.double()]
+    return [y, last, *torch.autograd.grad([y, last], tensors, directions, allow_unused=True, materialize_grads=True)]
+
+
+def fast(*x):
+    *tensors, gy, glast = x
+    forward = emulated.forward(*tensors, None, kernel="chunked")
+    return [*forward, *emulated.backward(*tensors, None, gy, glast, kernel="chunked")]
+
+
+def check(x):
+    tolerance = ROUNDING[x[0].dtype]
+    for name, a, b in zip(NAMES, fast(*x), map(torch.detach, truth(*x)), strict=True):
+        assert a.shape == b.shape and a.dtype == (x[0].dtype if name in ("y", "gr", "gk", "gv") else torch.float32)
+        if b.numel():
+            error = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
+            assert error < tolerance * (10 if name == "gw" else 1), f"{name}: {error:.1e}, allowed {tolerance:.1e}"
+
+
+@pytest.mark.parametrize(("N", "dtype"), INSTANCES)
+@pytest.mark.parametrize("T", [0, 1, 2, 15, 16, 17, 33, 48])
+def test_equals_float64(N, dtype, T):
+    check(inputs(2 if N < 64 else 1, T, 2 if N < 64 else 1, N, dtype=dtype, seed=T))
+
+
+@pytest.mark.parametrize("w", [(-10.0, -10.0), (-5.0, -5.0), (0.0, 0.0), (2.0, 2.0), (4.0, 4.0)])
+def test_every_decay_alone(w):
+    check(inputs(1, 70, 1, 16, w=w))
+
+
+def test_channels_that_forget_at_once_beside_channels_that_keep():
+    x = inputs(1, 40, 1, 16)
+    x[3] = torch.tensor([-10.0, 4.0]).repeat(8).view(1, 16)
+    check(x)
+
+
+def arguments_of(N, T, x):
+    """The arrays of both kernels forward in time, outputs filled with NaN."""
+    r, k, v, w, u, state, gy, glast = x
+    B, _, H, _ = r.shape
+    inside = {"steps": T, "heads": H, "r": r, "k": k, "v": v, "w": w, "u": u, "state": state}
+    empty = {n: torch.full((B, H, N), torch.nan) for n in ("gw", "gu")}
+    values = {**inside, "y": torch.full_like(r, torch.nan), "last": torch.full_like(state, torch.nan)}
+    return values, {**inside, "gy": gy, "glast": glast, "gr": torch.full_like(r, torch.nan), **empty}
+
+
+def test_schedules_give_the_same_bits_and_nothing_is_amiss():
+    N, T = 32, 37
+    x = inputs(1, T, 1, N)
+    values, keys = arguments_of(N, T, x)
+    launches = [Launch(f"wkv5_values<{N}, float, false>", 1, 2 * N, values),
+                Launch(f"wkv5_keys<{N}, float, false>", 1, 2 * N, keys)]  # fmt: skip
+    source = emulated.read_source(SOURCE)
+    first = emulator.launch(source, launches)
+    assert first.ok, first
+    for schedule, seed in (("reversed", 0), ("random", 1)):
+        other = emulator.launch(source, launches, schedule=schedule, seed=seed)
+        assert other.ok, other
+        assert all(torch.equal(first[n], other[n]) for n in ("y", "last", "gr", "gw", "gu")), schedule
+    want = dict(zip(NAMES, truth(*x), strict=True))
+    for name in ("y", "last", "gr"):
+        torch.testing.assert_close(first[name].double(), want[name].detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_chunk_is_read_once():
+    """Global traffic: each number of r, k, v is read once by the kernel for y, and y is written once."""
+    N, T = 32, 48
+    values, _ = arguments_of(N, T, inputs(1, T, 1, N))
+    launch = Launch(f"wkv5_values<{N}, float, false>", 1, 2 * N, values)
+    report = emulator.launch(emulated.read_source(SOURCE), [launch])
+    counts = report.counts["wkv5_values"]
+    assert counts["y"].writes == T * N and counts["last"].writes == N * N
+    assert all(counts[n].reads == T * N for n in "rkv") and counts["state"].reads == N * N
+
+
+def without_barriers():
+    """Copies of the two kernels, each with one barrier taken out: (kernel, name of the copy, text)."""
+    source = emulated.read_source(SOURCE)
+    for kernel in ("wkv5_values", "wkv5_keys"):
+        start = source.rindex("template <int N", 0, source.index(f"\n{kernel}("))
+        text = source[start : source.index("\n}\n", start) + 3]
+        for i, found in enumerate(re.finditer(r"__syncthreads\(\);", text)):
+            copy = text[: found.start()] + " " * len(found.group()) + text[found.end() :]
+            yield kernel, f"{kernel}_without_{i}", copy.replace(f"\n{kernel}(", f"\n{kernel}_without_{i}(")
+
+
+COPIES = {name: (kernel, text) for kernel, name, text in without_barriers()}
+
+
+@pytest.mark.slow
+def test_every_barrier_is_needed_and_missed():
+    """Without any one of them there is a race, named by a shared array and two threads."""
+    assert len(COPIES) == 9
+    N, T = 32, 37
+    values, keys = arguments_of(N, T, inputs(1, T, 1, N, dtype=torch.bfloat16))
+    launches = []
+    for name, (kernel, _) in COPIES.items():
+        arguments = {}
+        for key, value in (values if kernel == "wkv5_values" else keys).items():
+            fresh = key in ("y", "last", "gr", "gw", "gu")  # each copy writes into arrays of its own
+            arguments[f"{name}_{key}" if fresh else key] = value.clone() if fresh else value
+        for steps in (T, 32):  # whole chunks and a rest; whole chunks alone
+            launches.append(Launch(f"{name}<{N}, __nv_bfloat16, false>", 1, 2 * N, arguments | {"steps": steps}))
+    source = emulated.read_source(SOURCE) + "\n".join(text for _, text in COPIES.values())
+    report = emulator.launch(source, launches)
+    found = {race.kernel: race for race in report.races}
+    missing = [name for name in COPIES if name not in found]
+    assert not missing, missing
+    assert all(race.space == "shared" and race.threads[0] != race.threads[1] for race in found.values())
