@@ -20,6 +20,7 @@ HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 OLDEST = (7, 5)  # the oldest architecture that today's nvcc compiles for
 TENSOR_CORES = (8, 0)  # the oldest with products of tf32 numbers
+ALIGNED = 16  # bytes: the chunked kernels read several neighbours at once
 # Not --use_fast_math: it would replace expf and expm1f, on which the decays near 1 depend, by rough ones.
 FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "--cudart", "static", "-extra-device-vectorization")
 _failure: list[str] = []
@@ -92,6 +93,7 @@ def _call(function: str, kernel: str, r: Tensor, tensors: list[Tensor]) -> None:
     if kernel == "auto":
         kernel = "chunked" if capability >= TENSOR_CORES else "plain"
     library = _library(N, r.dtype, capability)
+    tensors = [x if x.data_ptr() % ALIGNED == 0 else x.clone() for x in tensors]  # inputs; what is new is aligned
     sizes = [ctypes.c_int(DTYPES[r.dtype]), ctypes.c_int(N), *(ctypes.c_int64(n) for n in (B, T, H))]
     with torch.cuda.device(r.device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
