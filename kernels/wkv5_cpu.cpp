@@ -56,6 +56,7 @@ constexpr int L = 16, BLOCK = 4;  // steps of a chunk, and of a block of pairs o
 constexpr long TABLE = 2 * L + 3;  // rows: u; d^0 ... d^L; what rounding these to float took away
 constexpr long SKEW = 80;      // floats between two buffers, so that they do not lie a multiple of 4096 bytes apart
 constexpr int64_t BUNDLE = 8;  // heads that go through time together
+constexpr int64_t LARGE = 4 << 20;  // bytes of a tensor that does not stay in the second-level cache
 constexpr double TINY = 1e-30;  // a smaller power counts as 0: subnormal products are slow and change nothing
 
 // What rwkv_nb/wkv/cpu.py hands over, in this order; shapes as there. What a call does not need is null.
@@ -86,9 +87,13 @@ struct Problem : Call {
     std::vector<double> log_d;           // (H, P)
     Buffer tables;                       // (H, TABLE, P)
     std::vector<double> glog, gbonus;    // (B, H, P): gradients of log d and u, to be summed over B
+    bool past_cache;                     // y and the gradients are too large to stay in a cache until they are read
 
     Problem(const Call& call, bool backward) : Call(call), P((N + 15) / 16 * 16), log_d(H * P), tables(H * TABLE * P) {
         if (backward) glog.assign(B * H * P, 0), gbonus.assign(B * H * P, 0);
+        const auto at = [](const void* x) { return reinterpret_cast<uintptr_t>(x); };
+        const bool whole_lines = P == N && (at(y) | at(gr) | at(gk) | at(gv)) % 64 == 0;
+        past_cache = format == FLOAT32 && whole_lines && 4 * B * T * H * N >= LARGE;
         for (int64_t h = 0; h < H; ++h) tabulate(h, tables.data + h * TABLE * P);
     }
     void tabulate(int64_t h, float* row) {
@@ -158,7 +163,7 @@ public:
                 if (t0 + L < end) soon(x, t0 + L, h);
                 else if (more) soon(x, start, h + 1);
             }
-            soon(p.y, t0, h);
+            if (!p.past_cache) soon(p.y, t0, h);
             near_pairs();
             far_pairs(8);
             far_pairs(4);
@@ -198,7 +203,8 @@ public:
                 if (chunks) soon(x, t0 - L, h);
             for (const void* x : {p.v, p.k})
                 if (!chunks && more) soon(x, start, h + 1);
-            for (const void* x : {p.gv, p.gk, p.gr}) soon(x, t0, h);
+            for (const void* x : {p.gv, p.gk, p.gr})
+                if (!p.past_cache) soon(x, t0, h);
             chunk_backward(t0, steps(t0, end));
         }
         store_state(p.gstate + state(), Q, start == 0);
@@ -235,7 +241,9 @@ private:
         for (int t = 0; t < n; ++t, from += P) {
             const int64_t at = offset(t0 + t);
             uint16_t* half = static_cast<uint16_t*>(to) + at;
-            if (p.format == FLOAT32) copy(static_cast<float*>(to) + at, from, p.N);
+            float* row = static_cast<float*>(to) + at;
+            if (p.past_cache) for (long j = 0; j < P; j += W) store_past_cache(row + j, get(from + j));
+            else if (p.format == FLOAT32) copy(row, from, p.N);
             else if (p.format == BFLOAT16) for (long j = 0; j < p.N; ++j) half[j] = to_bfloat16(from[j]);
             else for (long j = 0; j < p.N; ++j) half[j] = to_float16(from[j]);
         }

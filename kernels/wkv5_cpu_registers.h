@@ -34,6 +34,20 @@ typedef int32_t lanes __attribute__((vector_size(4 * W)));
 
 inline vec get(const float* p) { return *reinterpret_cast<const vec_anywhere*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec_anywhere*>(p) = x; }
+// To memory past the caches: a line that is written whole need not be read first. p: a multiple of the register's size.
+inline void store_past_cache(float* p, vec x) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(x, reinterpret_cast<vec*>(p));
+#elif defined(__AVX512F__)
+    __builtin_ia32_movntps512(p, x);
+#elif defined(__AVX__)
+    __builtin_ia32_movntps256(p, x);
+#elif defined(__SSE__)
+    __builtin_ia32_movntps(p, x);
+#else
+    store(p, x);
+#endif
+}
 
 // (a0 b0 a1 b1 ...) from the lower halves of a and b, or from the upper ones.
 template <int UPPER, int... I>
