@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels: registers, shared memory and spills of every instance, for every architecture.
 
-    python benchmarks/compile_report.py                          everything: two minutes on two cores
+    python benchmarks/compile_report.py                          everything: five minutes on two cores
     python benchmarks/compile_report.py --arch sm_90 --size 64   one row a kernel
 
 Prints the table of `RESULTS.md` (numbers of the worst number format) and ends with an error if any kernel spills
@@ -48,6 +48,11 @@ def architectures(nvcc: str, low: int = 75, high: int = 90) -> list[str]:
     return [a for a in dict.fromkeys(listed.split()) if re.fullmatch(r"sm_\d+", a) and low <= int(a[3:]) <= high]
 
 
+def all_kernels(arch: str) -> list[str]:
+    """What tells launch.cu to compile the fast kernels too, where there are tensor cores for them (from sm_80)."""
+    return ["-DWKV5_CHUNKED"] if int(arch.removeprefix("sm_")) >= 80 else []
+
+
 def parse(log: str) -> list[Use]:
     """The lines of `nvcc -Xptxas -v`, one Use for each kernel in it. ValueError if one has no numbers."""
     uses = []
@@ -81,7 +86,7 @@ def table(rows: dict[tuple[str, int], dict[str, list[Use]]], archs: list[str]) -
     lines = [head, "|---|--:|--:|" + "--:|" * len(archs)]
     for (kernel, size), by_arch in sorted(rows.items(), key=lambda item: (item[0][0], item[0][1])):
         shared = max(u.shared for uses in by_arch.values() for u in uses)
-        registers = (str(max(u.registers for u in by_arch[a])) for a in archs)
+        registers = (str(max((u.registers for u in by_arch.get(a, [])), default="")) for a in archs)
         lines.append(f"| `{kernel}` | {size or 'any'} | {shared} B | {' | '.join(registers)} |")
     return "\n".join(lines)
 
@@ -98,7 +103,8 @@ def main() -> int:
     archs = arguments.arch or architectures(nvcc)
     jobs = list(product(archs, arguments.size or SIZES, range(len(DTYPES))))
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda j: compile_for(nvcc, j[0], (f"-DWKV5_HEAD_SIZE={j[1]}", f"-DWKV5_DTYPE={j[2]}")), jobs)
+        only = ((f"-DWKV5_HEAD_SIZE={size}", f"-DWKV5_DTYPE={dtype}", *all_kernels(arch)) for arch, size, dtype in jobs)
+        found = pool.map(lambda job, defines: compile_for(nvcc, job[0], defines), jobs, only)
     rows: dict[tuple[str, int], dict[str, list[Use]]] = {}
     spilled = []
     for (arch, size, dtype), uses in zip(jobs, found, strict=True):

@@ -47,6 +47,25 @@ def test_half_precision_compiles():
     assert {u.kernel for u in uses} == KERNELS and not any(u.spills for u in uses)
 
 
+@pytest.mark.parametrize(("arch", "size", "dtype"), [("sm_80", 64, 2), ("sm_90", 64, 2), ("sm_90", 128, 0)])
+def test_the_fast_kernels_stay_in_registers_too(arch, size, dtype):
+    """A whole state, and where gw is made its derivative, in registers; blocks enough beside each other at size 64."""
+    if arch not in ARCHITECTURES:
+        pytest.skip(f"this nvcc does not compile for {arch}")
+    defines = (f"-DWKV5_HEAD_SIZE={size}", f"-DWKV5_DTYPE={dtype}", *report.all_kernels(arch))
+    uses = report.compile_for(NVCC, arch, defines)
+    assert {u.kernel for u in uses} == KERNELS | {"wkv5_values", "wkv5_keys"}
+    fast = [u for u in uses if u.kernel in ("wkv5_values", "wkv5_keys")]
+    assert len(fast) == 4 and not any(u.spills or u.stack for u in uses)
+    if size == 64:
+        assert sorted(65536 // (128 * u.registers) for u in fast) == [3, 4, 4, 4]
+        assert all(4 * u.shared <= 100 * 1024 for u in fast)
+
+
+def test_the_fast_kernels_are_left_out_where_there_are_no_tensor_cores_for_them():
+    assert report.all_kernels("sm_75") == [] and report.all_kernels("sm_86") == ["-DWKV5_CHUNKED"]
+
+
 def test_nvcc_understands_every_word():
     """The source that test_emulator.py runs on the processor."""
     path = Path(__file__).with_name("emulator_words.cu")
