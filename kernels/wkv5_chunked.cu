@@ -74,7 +74,7 @@ template <typename T, int count, int n> struct Waiting {
 
     // Steps t, t + 16 / count, ... of x, whose step t lies at i; `left` = steps from t to the end. Steps past the end
     // leave what was there: numbers that no result depends on.
-    __device__ void load_from(Global<const T> x, unsigned i, int step, int left) {
+    __device__ void load_from(Global<const T> x, unsigned i, unsigned step, int left) {
         for (int c = 0; c < count; c++) {
             const int later = L / count * c;
             if (left > later) {
@@ -210,7 +210,8 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     const int b = blockIdx.x / heads, h = blockIdx.x % heads, mine = 16 * warp;  // my warp's value channels
     const int t = g / 2 + g % 2 * 4;  // my rows are steps t and t + 8
-    const int total = int(steps), row = heads * N, step = REVERSED ? -row : row;
+    const int total = int(steps), row = heads * N;
+    const unsigned step = REVERSED ? -row : row;  // unsigned: a step back is one forward that wraps round
     const unsigned first = (b * total + (REVERSED ? total - 1 : 0)) * row + h * N;  // where step 0 lies in r, k, v
     const unsigned at_t = first + mine + 4 * q + t * step, at_q = first + mine + 2 * g + q * step;
     const int64_t matrix = int64_t(blockIdx.x) * N * N;
@@ -378,7 +379,8 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     const int b = blockIdx.x / heads, h = blockIdx.x % heads, mine = 16 * warp;  // my warp's key channels
     const int t = g / 2 + g % 2 * 4;  // my rows are steps t and t + 8
-    const int total = int(steps), row = heads * N, step = REVERSED ? -row : row;
+    const int total = int(steps), row = heads * N;
+    const unsigned step = REVERSED ? -row : row;  // unsigned: a step back is one forward that wraps round
     const unsigned first = (b * total + (REVERSED ? total - 1 : 0)) * row + h * N;
     const unsigned at_t = first + mine + 4 * q + t * step, at_q = first + mine + 2 * g + q * step;
     const int64_t matrix = int64_t(blockIdx.x) * N * N;
