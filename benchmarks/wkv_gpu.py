@@ -1,33 +1,29 @@
 """How exact and how fast are the CUDA kernels? One command on a machine with an NVIDIA GPU and nvcc.
 
-    python benchmarks/wkv_gpu.py                               check, then time: about two minutes
-    python benchmarks/wkv_gpu.py --official .../wkv5_cuda.cu   beside the official kernel, a file of BlinkDL/RWKV-LM
-    python benchmarks/wkv_gpu.py --emulate                     without a GPU: the same steps by emulation, tiny
+    python benchmarks/wkv_gpu.py              check, then time: about two minutes
+    python benchmarks/wkv_gpu.py --emulate    without a GPU: the same steps by emulation, tiny
 
 1. Every kernel, head size and number format against the loop in float64; the exit code tells whether all are right.
-2. Errors in bfloat16 at head size 64, beside the peers that are there.
+2. Errors in bfloat16 at head size 64, beside the peer if it is there.
 3. Milliseconds in bfloat16: medians by CUDA events, warmed up, with a cold cache. "Of copy": the bytes that must move
    (4 tensors forward, 11 with the backward) over the time, as a share of the bandwidth of a copy in the same run.
 
-Peers, if they are there: flash-linear-attention's `chunk_rwkv6` (`pip install flash-linear-attention`), which is fed
-the decay of every step, and the official kernel. What it is not: a benchmark of a model.
+The peer: flash-linear-attention's `chunk_rwkv6` (`pip install flash-linear-attention`), which is fed the decay of every
+step. What it is not: a benchmark of a model.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import hashlib
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_nb.wkv import build, cuda, emulated, wkv5_reference
+from rwkv_nb.wkv import cuda, emulated, wkv5_reference
 
 SHAPES = [(8, 4096, 64, 64), (1, 4096, 32, 64), (8, 512, 12, 64)]
 NAMES = ("y", "last", "gr", "gk", "gv", "gw", "gu", "gstate")
@@ -82,43 +78,6 @@ def flash_linear_attention() -> Way | None:
         y, last = chunk_rwkv6(*rkv, log_d, u, scale=1.0, initial_state=state, output_final_state=True)
         gr, gk, gv, glog, gu, gstate = torch.autograd.grad([y, last], leaves, [gy, glast])
         return [y, last, gr, gk, gv, glog.sum((0, 1)) * -torch.exp(w), gu, gstate]
-
-    return way
-
-
-def official(source: Path, N: int) -> Way:
-    """The official kernels, compiled with the official flags; they know no states, so those stay out."""
-    stub = "#pragma once\n#include <cuda_bf16.h>\nnamespace at { typedef __nv_bfloat16 BFloat16; }\n"
-    pointers = {"forward": "rkvwuy", "backward": "rkvwzugabcde"}  # one letter a pointer; w and z are float
-    text = f'#include "{source.resolve()}"  // {hashlib.sha256(source.read_bytes()).hexdigest()}\n'
-    for name, letters in pointers.items():
-        parameters = ", ".join(f"{'float' if x in 'wz' else 'bf16'}* {x}" for x in letters)
-        text += f'extern "C" void official_{name}(int B, int T, int C, int H, {parameters}) {{\n'
-        text += f"    cuda_{name}(B, T, C, H, {', '.join(letters)});\n}}\n"
-    folder = build.cache_folder() / "official"
-    (folder / "ATen").mkdir(parents=True, exist_ok=True)
-    (folder / "ATen" / "ATen.h").write_text(stub)
-    (folder / "official.cu").write_text(text)
-    arch = "".join(map(str, torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)))
-    flags = ["-O3", "--use_fast_math", "-Xptxas", "-O3", "--extra-device-vectorization", f"-D_N_={N}"]
-    flags += ["-shared", "-Xcompiler", "-fPIC", "--cudart", "static", f"-arch=sm_{arch}", f"-I{folder}"]
-    library = build.load("wkv5_official", [str(folder / "official.cu")], flags, compiler=build.find_nvcc())
-
-    def call(name: str, r: Tensor, *tensors: Tensor) -> None:
-        B, T, H, N = r.shape
-        getattr(library, f"official_{name}")(B, T, H * N, H, *(ctypes.c_void_p(x.data_ptr()) for x in (r, *tensors)))
-
-    def way(r, k, v, w, u, state, gy, glast, backward: bool) -> list[Tensor]:
-        B, _, H, N = r.shape
-        log_d, u = -torch.exp(w), u.bfloat16()
-        d, y = torch.exp(log_d), torch.empty_like(r)
-        call("forward", r, k, v, d, u, y)
-        if not backward:
-            return [y, state]
-        gr, gk, gv = (torch.empty_like(r) for _ in range(3))
-        gw, gu = (r.new_empty(B, H, N) for _ in range(2))
-        call("backward", r, k, v, d, log_d, u, gy, gr, gk, gv, gw, gu)
-        return [y, state, gr, gk, gv, gw.sum(0), gu.sum(0), glast]
 
     return way
 
@@ -208,22 +167,17 @@ def table(shape: tuple[int, int, int, int], ways: dict[str, Way], device: str, s
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def peers(options: argparse.Namespace) -> dict[str, Way]:
+def peers() -> dict[str, Way]:
     found: dict[str, Way] = {}
     if (way := flash_linear_attention()) is not None:
         found["chunk_rwkv6"] = way
     else:
         print("chunk_rwkv6: not measured: `pip install flash-linear-attention` brings it")
-    if options.official:
-        found["official"] = official(options.official, 64)
-    else:
-        print("official: not measured: give its source by --official")
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--official", type=Path, metavar="FILE", help="the official wkv5_cuda.cu")
     parser.add_argument("--emulate", action="store_true", help="the same steps without a GPU, at tiny shapes")
     options = parser.parse_args(arguments)
     if options.emulate:
@@ -242,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = list(KERNELS) if (major, minor) >= cuda.TENSOR_CORES else ["plain"]
     print(f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, torch {torch.__version__}")
     good = check(cuda, "cuda", list(cuda.HEAD_SIZES), [1, 17, 77, 300], kernels)
-    ways = {name: ours(cuda, name) for name in kernels} | peers(options)
+    ways = {name: ours(cuda, name) for name in kernels} | peers()
     print("\nErrors in bfloat16, head size 64, 1024 steps, no states\n")
     shown = [n for n in NAMES if n not in ("last", "gstate")]
     print(f"| | {' | '.join(shown)} |\n|---|{'--:|' * len(shown)}")
