@@ -118,10 +118,9 @@ def take_turns(jobs: dict[str, Callable[[], object]], turns: int) -> dict[str, f
     best = dict.fromkeys(jobs, float("inf"))
     for turn in range(turns):
         for name, job in jobs.items():
-            again = 1 if best[name] > 0.3 else 4  # what is quick is tried more often
-            if turn > 1 and best[name] > 1:
+            if (turn > 0 and best[name] > 10) or (turn > 1 and best[name] > 1):  # longer than all the others together
                 continue
-            for _ in range(again):
+            for _ in range(max(1, min(20, int(0.2 / best[name])))):  # what is quick is tried more often
                 _ = small @ small
                 best[name] = min(best[name], seconds(job))
     return best
@@ -245,11 +244,11 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     sys.stdout.flush()
 
 
-def cpu_tables(shapes: list[tuple[int, int, int, int]], turns: int) -> None:
+def cpu_tables(shapes: list[tuple[int, int, int, int]], wanted: Iterable[str], turns: int) -> None:
     missing = {way: why for way, why in backends().items() if way in WAYS and why != "available"}
     if build.find_cxx() is None:
         missing["plain C++"] = build.CXX_REMEDY
-    ways = [way for way in WAYS if way not in missing]
+    ways = [way for way in wanted if way not in missing]
     for way, why in missing.items():
         print(f"{way}: not measured: {why}")
     machine = f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
@@ -269,8 +268,9 @@ def cpu_tables(shapes: list[tuple[int, int, int, int]], turns: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", action="append", metavar="B,T,H,N", help="a shape to measure; may be repeated")
+    parser.add_argument("--ways", help=f"only some of {', '.join(WAYS)}, as in --ways 'chunked,cpu'")
     parser.add_argument("--quick", action="store_true", help="one small shape, few turns")
-    parser.add_argument("--turns", type=int, default=12, help="how often each way is tried")
+    parser.add_argument("--turns", type=int, default=8, help="rounds in which each way is tried once or more")
     parser.add_argument("--threads", type=int, help="threads of torch and of the kernels")
     parser.add_argument("--memory", metavar="WAY", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -279,11 +279,15 @@ def main() -> None:
     shapes = [tuple(map(int, text.split(","))) for text in options.shape or ()]
     if any(len(shape) != 4 for shape in shapes):
         parser.error(f"--shape {options.shape}: expected four numbers B,T,H,N, as in 8,512,12,64")
+    ways = options.ways.split(",") if options.ways else WAYS
+    if unknown := set(ways) - set(WAYS):
+        parser.error(f"--ways {options.ways}: {', '.join(sorted(unknown))} is none of {', '.join(WAYS)}")
     if options.memory:
         print(*peak_memory(options.memory, shapes[0]))
         return
     keep_freed_memory()
-    cpu_tables(shapes or (QUICK if options.quick else SHAPES), 2 if options.quick else options.turns)
+    shapes = shapes or (QUICK if options.quick else SHAPES)
+    cpu_tables(shapes, ways, 2 if options.quick else options.turns)
 
 
 if __name__ == "__main__":
