@@ -151,7 +151,7 @@ public:
     void forward(int64_t batch, int64_t head, int64_t start, bool more) {
         const int64_t end = start + steps(start, p.T, p.every);
         begin(batch, head);
-        load_state(S, start ? p.last + state() : p.state + state(), false);
+        load_state(S, mine(start ? p.last : p.state), false);
         if (start && p.saved) store_state(saved(start), S, false);
         for (int64_t t0 = start; t0 < end; t0 += L) {
             const int n = steps(t0, p.T);
@@ -181,8 +181,8 @@ public:
         const int64_t end = start + steps(start, p.T, p.every);
         int64_t c = 0, chunks = (end - start + L - 1) / L;
         begin(batch, head);
-        load_state(Q, end == p.T ? p.glast + state() : p.gstate + state(), end == p.T);
-        load_state(states, start ? saved(start) : p.state + state(), true);
+        load_state(Q, mine(end == p.T ? p.glast : p.gstate), end == p.T);
+        load_state(states, start ? saved(start) : mine(p.state), true);
         for (; c < chunks; ++c) {
             const int64_t t0 = start + c * L;
             at_chunk(c);
@@ -219,6 +219,7 @@ private:
         std::memcpy(F, p.tables.data + h * TABLE * P, sizeof(float) * TABLE * P);
     }
     int64_t state() const { return (b * p.H + h) * p.N * p.N; }
+    const float* mine(const float* states) const { return states ? states + state() : nullptr; }
     float* saved(int64_t t0) const {
         return p.saved + ((b * p.H + h) * (p.stretches() - 1) + t0 / p.every - 1) * p.N * p.N;
     }
@@ -253,9 +254,10 @@ private:
         for (; j <= n - W; j += W) store(to + j, get(from + j));
         for (; j < n; ++j) to[j] = from[j];
     }
-    // A state between (N, N) outside and (P, P) here, turned or as it is.
+    // A state between (N, N) outside and (P, P) here, turned or as it is. A null pointer stands for zeros.
     void load_state(float* to, const float* from, bool turned) const {
-        if (P > p.N) std::memset(to, 0, sizeof(float) * P * P);
+        if (P > p.N || !from) std::memset(to, 0, sizeof(float) * P * P);
+        if (!from) return;
         if (turned) turn(to, P, from, p.N, p.N, p.N);
         else for (long j = 0; j < p.N; ++j) copy(to + j * P, from + j * p.N, p.N);
     }

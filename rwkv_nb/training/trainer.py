@@ -1,19 +1,13 @@
 """One training run: the model in Lightning's loop, with the official schedule, log, checkpoints and end.
 
-It is: a LightningModule that holds an RWKV, and `train`, which puts it into a Trainer together with the bookkeeping of
-runbook.py. It is not: an engine; the loop, the devices and the strategies are Lightning's.
+It is: `train`, which puts the model (module.py) into a Trainer together with the bookkeeping of runbook.py. It is not: an engine; the loop, the devices and the strategies are Lightning's.
 Source: RWKV-LM `RWKV-v5/train.py` and `src/trainer.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import random
-import signal
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +15,19 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
-from torch.utils.data import DataLoader
 
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
 from rwkv_nb.model.initialization import init_weights
-from rwkv_nb.model.rwkv import RWKV, check_weights, l2wrap_cross_entropy
+from rwkv_nb.model.rwkv import RWKV, check_weights
 from rwkv_nb.training.checkpoint import CheckpointError, save_checkpoint, starting_checkpoint
 from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.interrupts import quiet, stop_on_interrupt
 from rwkv_nb.training.machine import PRECISION, fast_bf16, keep_freed_memory, tf32_products
 from rwkv_nb.training.measure import evaluate, measure_tokens_per_second
+from rwkv_nb.training.module import LitRWKV
 from rwkv_nb.training.monitor import Monitor, ProgressBar, Record
-from rwkv_nb.training.optimizer import build_optimizer, set_rates
 from rwkv_nb.training.runbook import RunBook
-from rwkv_nb.training.schedule import exit_reached, learning_rate, weight_decay
+from rwkv_nb.training.schedule import exit_reached
 
 __all__ = [
     "LitRWKV", "Monitor", "ProgressBar", "Record", "RunBook",
@@ -41,47 +35,6 @@ __all__ = [
 ]  # fmt: skip
 
 GRAD_CLIP = 1.0  # largest norm of the gradient of all parameters together
-
-
-class LitRWKV(pl.LightningModule):
-    """An RWKV, its data and its schedule as Lightning wants them; `last_loss` and `last_lr` are the last step's."""
-
-    def __init__(self, model: RWKV, cfg: TrainConfig, dataset: TokenDataset) -> None:
-        super().__init__()
-        self.model, self.cfg, self.dataset = model, cfg, dataset
-        self.last_loss = torch.tensor(float("nan"))
-        self.last_lr = learning_rate(0, cfg)
-
-    def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        idx, targets = batch  # (B, T) each
-        logits, _ = self.model(idx)  # (B, T, V)
-        loss = l2wrap_cross_entropy(logits, targets)
-        self.last_loss = loss.detach()
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.cfg)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        step = self.trainer.global_step
-        self.last_lr = learning_rate(step, self.cfg)
-        set_rates(self.trainer.optimizers[0], self.cfg, self.last_lr, weight_decay(step, self.cfg))
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        # Lightning's own refuses fused optimizers under autocast, though without a loss scale they need no care
-        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-
-    def train_dataloader(self) -> DataLoader:
-        # called before each mini-epoch: the dataset knows which one before an iterator, or a worker, is made from it
-        ours, its = (self.trainer.global_rank, self.trainer.world_size), (self.dataset.rank, self.dataset.world_size)
-        if ours != its:
-            raise ValueError(f"dataset: made for (rank, world_size) = {its}, but this process is {ours}")
-        self.dataset.set_epoch(self.cfg.epoch_begin + self.trainer.current_epoch - self.dataset.config.epoch_begin)
-        return DataLoader(
-            self.dataset, batch_size=self.cfg.micro_bsz, drop_last=True, pin_memory=self.device.type == "cuda"
-        )
 
 
 def train(
@@ -128,13 +81,13 @@ def train(
         extra.append(Monitor(every_seconds=None, max_seconds=max_seconds))
     if progress:
         extra.append(ProgressBar())
-    with _quiet(), tf32_products(cfg.precision != "fp32"):
+    with quiet(), tf32_products(cfg.precision != "fp32"):
         trainer = _trainer(cfg, [*callbacks, *extra])
         if own_data and trainer.world_size > 1:
             dataset = TokenDataset(
                 dataset.config, rank=trainer.global_rank, world_size=trainer.world_size, seed=max(0, cfg.random_seed)
             )
-        with _stop_on_interrupt(trainer):
+        with stop_on_interrupt(trainer):
             trainer.fit(LitRWKV(model.train(), cfg, dataset))
     return model.cpu().eval()
 
@@ -212,38 +165,3 @@ def _trainer(cfg: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         callbacks=callbacks,
         **how,
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within: Lightning says nothing that is not an error (devices found, tips, advice on workers and folders)."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric)\b")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt(trainer: pl.Trainer) -> Iterator[None]:
-    """Within: the first interrupt asks the run to end after its step, a second one is an ordinary KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        trainer.should_stop = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -67,7 +67,7 @@ def wkv5(
     _check(r, k, v, w, u, state)
     B, T, H, N = r.shape
     dtype = working_dtype(r)
-    state = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
+    state = None if state is None else state.to(dtype)
     w, u = w.to(dtype), u.to(dtype)
     if backend == "auto" and T == 1:  # a step of generation: the operator around it would cost as much as the step
         check_numbers(w)

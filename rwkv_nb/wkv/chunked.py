@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .powers import Powers
-from .reference import working_dtype
+from .reference import working_dtype, zeros_if_none
 
 CHUNK = 32  # L: the longer, the fewer states to carry and the more work inside
 SLICE = 1 << 19  # numbers of one tensor worked on at a time: stays in the cache, and big temporaries never appear
@@ -130,8 +130,8 @@ def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
 
 
 def forward(r, k, v, w, u, state, saved=None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """y and the last state; all tensors given, state in the working dtype; fills `saved` if there is one."""
-    y = torch.empty_like(r, memory_format=torch.contiguous_format)
+    """y and the last state; state in the working dtype, None for zeros; fills `saved` if there is one."""
+    y, state = torch.empty_like(r, memory_format=torch.contiguous_format), zeros_if_none(state, r)
     for i, (start, end, length) in enumerate(parts(r.shape[1], chunk)):
         if saved is not None:
             saved[i] = state
@@ -147,14 +147,15 @@ def forward(r, k, v, w, u, state, saved=None, chunk: int = CHUNK) -> tuple[Tenso
 def backward(r, k, v, w, u, state, saved, gy, glast, chunk: int = CHUNK) -> tuple[Tensor, ...]:
     """Gradients of all six inputs, in the order of the arguments."""
     gr, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, v))
-    gw, gu = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(u, dtype=state.dtype)
+    glast, dtype = zeros_if_none(glast, r), working_dtype(r)
+    gw, gu = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(u, dtype=dtype)
     for first, (start, end, length) in reversed(list(zip(saved, parts(r.shape[1], chunk), strict=True))):
         gfirst = torch.empty_like(glast)
-        for c, bs, hs in _slices(w, r.shape[0], end - start, length, state.dtype):
+        for c, bs, hs in _slices(w, r.shape[0], end - start, length, dtype):
             mine = (bs, slice(start, end), hs)
             loaded = [c.load(x[mine]) for x in (r, k, v)]
             *gs, glog, gus, gfirst[bs, hs] = _backward(
-                c, *loaded, u[hs].to(state.dtype), first[bs, hs], c.load(gy[mine]), glast[bs, hs]
+                c, *loaded, u[hs].to(dtype), first[bs, hs], c.load(gy[mine]), glast[bs, hs]
             )
             for into, x in zip((gr, gk, gv), gs, strict=True):
                 c.store(into[mine], x)

@@ -39,6 +39,8 @@ def why_not() -> str | None:
     """None if the backend can run here, else what is missing and the remedy. Compiles nothing."""
     if _failure:
         return _failure[0]
+    if _library.cache_info().currsize:  # no need to look for a compiler once more
+        return None
     return None if build.find_cxx() else f"no C++ compiler was found: {build.CXX_REMEDY}"
 
 
@@ -58,10 +60,11 @@ def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
 
 
 def forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor | None
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, saved: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, H, N) in r's dtype and the last state (B, H, N, N). See `rwkv_nb.wkv.wkv5`."""
-    y, last = torch.empty_like(r), torch.empty_like(state)
+    B, T, H, N = r.shape
+    y, last = torch.empty_like(r), w.new_empty(B, H, N, N)
     _run("wkv5_forward", r, k=k, v=v, w=w, u=u, state=state, y=y, last=last, saved=saved)
     return y, last
 
@@ -72,13 +75,15 @@ def backward(
     v: Tensor,
     w: Tensor,
     u: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     saved: Tensor,
     gy: Tensor,
-    glast: Tensor,
+    glast: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """gr, gk, gv in r's dtype; gw (of the raw w), gu (H, N) and gstate (B, H, N, N) float32."""
-    gr, gk, gv, gw, gu, gstate = (torch.empty_like(x) for x in (r, k, v, w, u, state))
+    B, T, H, N = r.shape
+    gr, gk, gv, gw, gu = (torch.empty_like(x) for x in (r, k, v, w, u))
+    gstate = w.new_empty(B, H, N, N)
     inputs = {"k": k, "v": v, "w": w, "u": u, "state": state, "saved": saved, "gy": gy, "glast": glast}
     _run("wkv5_backward", r, **inputs, gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, gstate=gstate)
     return gr, gk, gv, gw, gu, gstate

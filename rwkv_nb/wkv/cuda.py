@@ -14,10 +14,11 @@ import functools
 import torch
 from torch import Tensor
 
-from . import build
+from . import build, launching
+from .launching import DTYPES, HEAD_SIZES, saved_shape, supports
 
-HEAD_SIZES = (16, 32, 64, 128)
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+__all__ = ["HEAD_SIZES", "backward", "forward", "prepare", "saved_shape", "supports", "why_not"]
+
 OLDEST = (7, 5)  # the oldest architecture that today's nvcc compiles for
 TENSOR_CORES = (8, 0)  # the oldest with products of tf32 numbers
 ALIGNED = 16  # bytes: the chunked kernels read several neighbours at once
@@ -42,65 +43,31 @@ def why_not() -> str | None:
     return None
 
 
-def supports(N: int) -> str | None:
-    """None if there is a kernel for heads of N channels, else why not."""
-    return None if N in HEAD_SIZES else f"head size {N} is none of {', '.join(map(str, HEAD_SIZES))}"
-
-
 def prepare() -> None:
     """Compile now what the usual head size needs. Raises build.BuildError."""
     for dtype in (torch.float32, torch.bfloat16):
         _library(64, dtype, torch.cuda.get_device_capability())
 
 
-def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
-    """Nothing is kept for the backward pass: it computes the states again."""
-    return (0,)
+def forward(r, k, v, w, u, state, saved, kernel: str = "auto") -> tuple[Tensor, Tensor]:
+    """See `launching.forward`; kernel: "plain", "chunked" or "auto"."""
+    return launching.forward(functools.partial(_call, kernel), r, k, v, w, u, state)
 
 
-def forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor | None, kernel: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, N) in r's dtype and the last state (B, H, N, N). kernel: "plain", "chunked" or "auto"."""
-    y, last = torch.empty_like(r), torch.empty_like(state)
-    _call("forward", kernel, r, [r, k, v, w, u, state, y, last])
-    return y, last
+def backward(r, k, v, w, u, state, saved, gy, glast, kernel: str = "auto") -> tuple[Tensor, ...]:
+    """See `launching.backward`; kernel: "plain", "chunked" or "auto"."""
+    return launching.backward(functools.partial(_call, kernel), r, k, v, w, u, state, gy, glast)
 
 
-def backward(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    saved: Tensor | None,
-    gy: Tensor,
-    glast: Tensor,
-    kernel: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """gr, gk, gv in r's dtype; gw (of the raw w), gu (H, N) and gstate (B, H, N, N) float32."""
-    B, _, H, N = r.shape
-    gr, gk, gv, gw, gu, gstate = (torch.empty_like(x) for x in (r, k, v, w, u, state))
-    parts = w.new_empty(2, B, H, N)
-    _call("backward", kernel, r, [r, k, v, w, u, state, gy, glast, gr, gk, gv, gw, gu, gstate, parts])
-    return gr, gk, gv, gw, gu, gstate
-
-
-def _call(function: str, kernel: str, r: Tensor, tensors: list[Tensor]) -> None:
-    B, T, H, N = r.shape
+def _call(kernel: str, direction: str, r: Tensor, tensors: list[Tensor]) -> None:
     capability = torch.cuda.get_device_capability(r.device)
     if kernel == "auto":
         kernel = "chunked" if capability >= TENSOR_CORES else "plain"
-    library = _library(N, r.dtype, capability)
+    library = _library(r.shape[-1], r.dtype, capability)
     tensors = [x if x.data_ptr() % ALIGNED == 0 else x.clone() for x in tensors]  # inputs; what is new is aligned
-    sizes = [ctypes.c_int(DTYPES[r.dtype]), ctypes.c_int(N), *(ctypes.c_int64(n) for n in (B, T, H))]
     with torch.cuda.device(r.device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-        code = getattr(library, f"wkv5_{kernel}_{function}")(*sizes, *pointers, stream)
-    if code:
-        raise RuntimeError(f"wkv5_{kernel}_{function} on {r.device}: {library.wkv5_error(code).decode()}")
+        stream = torch.cuda.current_stream().cuda_stream
+        launching.run(library, f"wkv5_{kernel}_{direction}", r, tensors, stream)
 
 
 @functools.cache

@@ -21,12 +21,13 @@ import re
 import torch
 from torch import Tensor
 
-from . import build, emulator
+from . import build, emulator, launching
 from .emulator import Launch, Report
+from .launching import DTYPES, HEAD_SIZES, saved_shape, supports
 
-HEAD_SIZES = (16, 32, 64, 128)
+__all__ = ["HEAD_SIZES", "backward", "forward", "pieces", "read_source", "run", "saved_shape", "supports", "why_not"]
+
 SOURCE = "wkv5_cuda.cu"
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 _failure: list[str] = []
 
@@ -34,16 +35,6 @@ _failure: list[str] = []
 def why_not() -> str | None:
     """None if the backend can run here, else what is missing and the remedy. Compiles nothing."""
     return _failure[0] if _failure else emulator.why_not()
-
-
-def supports(N: int) -> str | None:
-    """None if there is a kernel for heads of N channels, else why not."""
-    return None if N in HEAD_SIZES else f"head size {N} is none of {', '.join(map(str, HEAD_SIZES))}"
-
-
-def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
-    """Nothing is kept for the backward pass: it computes the states again."""
-    return (0,)
 
 
 @functools.cache
@@ -62,43 +53,18 @@ def _library(N: int, dtype: torch.dtype | None, kernel: str) -> ctypes.CDLL:
 
 
 def _call(kernel: str, direction: str, r: Tensor, tensors: list[Tensor]) -> None:
-    (B, T, H, N), dtype = r.shape, r.dtype
-    library, function = _library(N, dtype if kernel == "chunked" else None, kernel), f"wkv5_{kernel}_{direction}"
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-    numbers = [ctypes.c_int(DTYPES[dtype]), ctypes.c_int(N), *(ctypes.c_int64(n) for n in (B, T, H))]
-    code = getattr(library, function)(*numbers, *pointers, ctypes.c_void_p())
-    if code:
-        raise RuntimeError(f"{function} failed with code {code}: {library.wkv5_error(code).decode()}")
+    library = _library(r.shape[-1], r.dtype if kernel == "chunked" else None, kernel)
+    launching.run(library, f"wkv5_{kernel}_{direction}", r, tensors, None)
 
 
-def forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor | None, kernel: str = "plain"
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, N) in r's dtype and the last state (B, H, N, N). kernel: "plain" or "chunked"."""
-    y, last = torch.empty_like(r), torch.empty_like(state)
-    _call(kernel, "forward", r, [r, k, v, w, u, state, y, last])
-    return y, last
+def forward(r, k, v, w, u, state, saved, kernel: str = "plain") -> tuple[Tensor, Tensor]:
+    """See `launching.forward`; kernel: "plain" or "chunked"."""
+    return launching.forward(functools.partial(_call, kernel), r, k, v, w, u, state)
 
 
-def backward(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    saved: Tensor | None,
-    gy: Tensor,
-    glast: Tensor,
-    kernel: str = "plain",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """gr, gk, gv in r's dtype; gw (of the raw w), gu (H, N) and gstate (B, H, N, N) float32."""
-    B, _, H, N = r.shape
-    gr, gk, gv = torch.empty_like(r), torch.empty_like(r), torch.empty_like(r)
-    gw, gu, gstate, parts = torch.empty_like(w), torch.empty_like(u), torch.empty_like(state), w.new_empty(2, B, H, N)
-    tensors = [r, k, v, w, u, state, gy, glast, gr, gk, gv, gw, gu, gstate, parts]
-    _call(kernel, "backward", r, tensors)
-    return gr, gk, gv, gw, gu, gstate
+def backward(r, k, v, w, u, state, saved, gy, glast, kernel: str = "plain") -> tuple[Tensor, ...]:
+    """See `launching.backward`; kernel: "plain" or "chunked"."""
+    return launching.backward(functools.partial(_call, kernel), r, k, v, w, u, state, gy, glast)
 
 
 def read_source(file: str = SOURCE) -> str:

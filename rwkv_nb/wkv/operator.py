@@ -8,6 +8,8 @@
     forward(r, k, v, w, u, state, saved) -> (y, last)
     backward(r, k, v, w, u, state, saved, gy, glast) -> gradients of r, k, v, w, u, state
 
+state and glast, the gradient of last, may be None, which stands for zeros and costs nothing.
+
 What it is not: the place where a backend is chosen or input is checked (`__init__.py`), except for what only values
 tell: a decay that is no number.
 
@@ -33,9 +35,11 @@ BACKENDS: dict[str, ModuleType] = {
 PLAIN = ("reference", "chunked")  # plain PyTorch: any device, any head size, float64 too
 
 
-def apply(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def apply(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
     """y and the last state. Contiguous tensors that fit each other; w, u and state float32 (float64 if r is)."""
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (r, k, v, w, u, state))
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, k, v, w, u, state))
     y, last, _ = _forward(r, k, v, w, u, state, backend, keep)
     return y, last
 
@@ -48,10 +52,10 @@ def check_numbers(w: Tensor) -> None:
 
 @torch.library.custom_op("rwkv_nb::wkv5", mutates_args=())
 def _forward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, backend: str, keep: bool
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, backend: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_numbers(w)
-    saved = state.new_empty(_saved_shape(r, backend) if keep else (0,))
+    saved = w.new_empty(_saved_shape(r, backend) if keep else (0,))
     with torch.autocast(r.device.type, enabled=False):  # else matrix products would be rounded to half precision
         y, last = BACKENDS[backend].forward(r, k, v, w, u, state, saved if keep else None)
     return y, state.clone() if last is state else last, saved
@@ -59,22 +63,25 @@ def _forward(
 
 @_forward.register_fake
 def _(r, k, v, w, u, state, backend, keep):
-    return torch.empty_like(r), torch.empty_like(state), state.new_empty(_saved_shape(r, backend) if keep else (0,))
+    B, _, H, N = r.shape
+    return torch.empty_like(r), w.new_empty(B, H, N, N), w.new_empty(_saved_shape(r, backend) if keep else (0,))
 
 
 @torch.library.custom_op("rwkv_nb::wkv5_backward", mutates_args=())
 def _backward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: Tensor, gy: Tensor, glast: Tensor,
-    backend: str,
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, saved: Tensor, gy: Tensor,
+    glast: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(r.device.type, enabled=False):  # wherever backward is called from
-        grads = BACKENDS[backend].backward(r, k, v, w, u, state, saved, gy.contiguous(), glast.contiguous())
+        glast = None if glast is None else glast.contiguous()
+        grads = BACKENDS[backend].backward(r, k, v, w, u, state, saved, gy.contiguous(), glast)
     return tuple(g.clone() if g is glast else g for g in grads)
 
 
 @_backward.register_fake
 def _(r, k, v, w, u, state, saved, gy, glast, backend):
-    return tuple(torch.empty_like(x) for x in (r, k, v, w, u, state))
+    B, _, H, N = r.shape
+    return *(torch.empty_like(x) for x in (r, k, v, w, u)), w.new_empty(B, H, N, N)
 
 
 def _saved_shape(r: Tensor, backend: str) -> tuple[int, ...]:
@@ -90,8 +97,8 @@ def _setup_context(ctx, inputs, output):
 def _derive(ctx, gy, glast, _):
     r, *_, state, _ = ctx.saved_tensors
     gy = torch.zeros_like(r) if gy is None else gy
-    glast = torch.zeros_like(state) if glast is None else glast
-    return *_backward(*ctx.saved_tensors, gy, glast, ctx.backend), None, None
+    *grads, gstate = _backward(*ctx.saved_tensors, gy, glast, ctx.backend)
+    return *grads, None if state is None else gstate, None, None
 
 
 _forward.register_autograd(_derive, setup_context=_setup_context)

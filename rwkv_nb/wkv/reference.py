@@ -23,6 +23,12 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def zeros_if_none(state: Tensor | None, r: Tensor) -> Tensor:
+    """`state`, or the zeros (B, H, N, N) that None stands for."""
+    B, _, H, N = r.shape
+    return r.new_zeros(B, H, N, N, dtype=working_dtype(r)) if state is None else state
+
+
 def wkv5_reference(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -66,7 +72,7 @@ def backward(r, k, v, w, u, state, saved, gy, glast) -> tuple[Tensor, ...]:
 
     With Q_t the gradient of the state after step t: Q_t-1[j, i] = d[j] Q_t[j, i] + r_t[j] gy_t[i].
     """
-    dtype = state.dtype
+    state, glast, dtype = zeros_if_none(state, r), zeros_if_none(glast, r), working_dtype(r)
     log_d = -torch.exp(w)
     d, up = torch.exp(log_d).unsqueeze(-1), u.unsqueeze(-1)  # (H, N, 1)
     rows = [[x[:, t].to(dtype) for x in (r, k, v, gy)] for t in range(r.shape[1])]  # each (B, H, N)
