@@ -1,6 +1,7 @@
 """One training run: the model in Lightning's loop, with the official schedule, log, checkpoints and end.
 
-It is: `train`, which puts the model (module.py) into a Trainer together with the bookkeeping of runbook.py. It is not: an engine; the loop, the devices and the strategies are Lightning's.
+It is: `train`, which puts the model (module.py) into a Trainer together with the bookkeeping of runbook.py. It is not:
+an engine; the loop, the devices and the strategies are Lightning's.
 Source: RWKV-LM `RWKV-v5/train.py` and `src/trainer.py`.
 """
 

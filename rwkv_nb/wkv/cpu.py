@@ -39,7 +39,7 @@ def why_not() -> str | None:
     """None if the backend can run here, else what is missing and the remedy. Compiles nothing."""
     if _failure:
         return _failure[0]
-    if _library.cache_info().currsize:  # no need to look for a compiler once more
+    if _library.cache_info().currsize:  # no need to look for the compiler again
         return None
     return None if build.find_cxx() else f"no C++ compiler was found: {build.CXX_REMEDY}"
 
