@@ -130,6 +130,20 @@ def test_inputs_are_never_changed(backend):
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
 
 
+@pytest.mark.parametrize("T", [0, 1, 40, 300])  # 300: more than one stretch between kept states
+def test_no_state_is_a_state_of_zeros_and_an_unused_last_state_has_no_gradient(backend, T):
+    if backend == "emulated" and T > 40:
+        pytest.skip("the emulator runs thread by thread; it keeps no states, so length changes nothing")
+    *tensors, state = [x.to("cuda" if backend == "cuda" else "cpu") for x in inputs(2, T, 2, 16)]
+    found = []
+    for zeros, weight in ((None, None), (torch.zeros_like(state), torch.zeros_like(state))):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        y, last = wkv5(*leaves, zeros, backend=backend)
+        loss = y.square().sum() + (0 if weight is None else (last * weight).sum())
+        found.append([y, last, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_what_a_kernel_cannot_do_is_said(name):
     if backends().get(name) != "available":

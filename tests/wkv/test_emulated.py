@@ -4,33 +4,15 @@ import re
 
 import pytest
 import torch
+from kernel_cases import NAMES, inputs, truth
 
-from rwkv_nb.wkv import emulated, emulator, wkv5_reference
+from rwkv_nb.wkv import emulated, emulator
 from rwkv_nb.wkv.emulator import Launch
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 
-NAMES = ("y", "last", "gr", "gk", "gv", "gw", "gu", "gstate")
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half a unit in the last place
 FORMATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def inputs(B, T, H, N, w=(-10.0, 4.0), dtype=torch.float32, seed=0):
-    """r, k, v, w, u, state, gy, glast."""
-    g = torch.Generator().manual_seed(seed)
-    r, k, v, gy = (torch.randn(B, T, H, N, generator=g).to(dtype) for _ in range(4))
-    u = torch.randn(H, N, generator=g)
-    state, glast = (torch.randn(B, H, N, N, generator=g) for _ in range(2))
-    return [r, k, v, torch.empty(H, N).uniform_(*w, generator=g), u, state, gy, glast]
-
-
-def truth(r, k, v, w, u, state, gy, glast):
-    """The loop in float64, gradients by autograd."""
-    tensors = [x.double().requires_grad_() for x in (r, k, v, w, u, state)]
-    y, last = wkv5_reference(*tensors)
-    grads = torch.autograd.grad([y, last], tensors, [gy.double(), glast.double()], allow_unused=True)
-    filled = (torch.zeros_like(x) if g is None else g for x, g in zip(tensors, grads, strict=True))
-    return dict(zip(NAMES, (y.detach(), last.detach(), *filled), strict=True))
 
 
 def backend(r, k, v, w, u, state, gy, glast):

@@ -7,34 +7,17 @@ import re
 
 import pytest
 import torch
+from kernel_cases import inputs, truth
 
-from rwkv_nb.wkv import emulated, emulator, wkv5_reference
+from rwkv_nb.wkv import emulated, emulator
 from rwkv_nb.wkv.emulator import Launch
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 
 SOURCE = "wkv5_chunked.cu"
-NAMES = ("y", "last", "gr", "gk", "gv", "gw", "gu", "gstate")
 # Largest error, relative to the largest number. Half precision: its own rounding, and that of products to tf32.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11 + 1e-3, torch.bfloat16: 2**-8 + 1e-3}
 INSTANCES = [(16, torch.float32), (64, torch.float32), (128, torch.float32), (32, torch.float16), (64, torch.bfloat16)]
-
-
-def inputs(B, T, H, N, w=(-10.0, 4.0), dtype=torch.float32, seed=0):
-    """r, k, v, w, u, state, gy, glast."""
-    g = torch.Generator().manual_seed(seed)
-    r, k, v, gy = (torch.randn(B, T, H, N, generator=g).to(dtype) for _ in range(4))
-    u = torch.randn(H, N, generator=g)
-    state, glast = (torch.randn(B, H, N, N, generator=g) for _ in range(2))
-    return [r, k, v, torch.empty(H, N).uniform_(*w, generator=g), u, state, gy, glast]
-
-
-def truth(r, k, v, w, u, state, gy, glast):
-    """The loop in float64, gradients by autograd."""
-    tensors = [x.double().requires_grad_() for x in (r, k, v, w, u, state)]
-    y, last = wkv5_reference(*tensors)
-    directions = [gy.double(), glast.double()]
-    return [y, last, *torch.autograd.grad([y, last], tensors, directions, allow_unused=True, materialize_grads=True)]
 
 
 def fast(*x):
@@ -45,7 +28,7 @@ def fast(*x):
 
 def check(x):
     tolerance = ROUNDING[x[0].dtype]
-    for name, a, b in zip(NAMES, fast(*x), map(torch.detach, truth(*x)), strict=True):
+    for a, (name, b) in zip(fast(*x), truth(*x).items(), strict=True):
         assert a.shape == b.shape and a.dtype == (x[0].dtype if name in ("y", "gr", "gk", "gv") else torch.float32)
         if b.numel():
             error = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
@@ -96,7 +79,7 @@ def test_schedules_give_the_same_bits_and_nothing_is_amiss():
         other = emulator.launch(source, launches, schedule=schedule, seed=seed)
         assert other.ok, other
         assert all(torch.equal(first[n], other[n]) for n in ("y", "last", "gr", "gw", "gu")), schedule
-    want = dict(zip(NAMES, truth(*x), strict=True))
+    want = truth(*x)
     for name in ("y", "last", "gr"):
         torch.testing.assert_close(first[name].double(), want[name].detach(), rtol=1e-5, atol=1e-4)
 
