@@ -5,10 +5,10 @@ One code path for both uses. In training a whole sequence (B, T) goes in at once
 
     x = ln0(emb[token]);   each block:  x += att(ln1 x),  x += ffn(ln2 x);   logits = head(ln_out(x))
 
-Symbols: B batch, T steps, D n_embd, A dim_att, H heads of N channels, F dim_ffn, V vocabulary. What it is not: the
+Symbols: B batch, T steps, D n_embd, H heads of N channels, V vocabulary. What it is not: the layers (`layers.py`), the
 training loop (`rwkv_nb.training`) or a fast runtime for large models (`rwkv_nb.inference`).
 
-Source: arXiv 2404.05892 section 4; `RWKV_Tmix_x052`, `RWKV_CMix_x052` in RWKV-LM, RWKV-v5/src/model.py.
+Source: arXiv 2404.05892 section 4; `RWKV` in RWKV-LM, RWKV-v5/src/model.py.
 """
 
 from __future__ import annotations
@@ -20,101 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_nb.wkv import wkv5
-
+from .block import Block
 from .config import ModelConfig
 from .initialization import init_weights
 from .loss import l2wrap_cross_entropy
 from .weights import check_weights, load_weights
 
 __all__ = ["RWKV", "check_weights", "l2wrap_cross_entropy", "load_weights"]
-
-
-def token_shift(x: Tensor, x_prev: Tensor) -> Tensor:
-    """x (B, T, D) moved one step into the past; x_prev (B, D) comes before the first step."""
-    before = x_prev.to(x.dtype).unsqueeze(1)  # (B, 1, D)
-    return before if x.shape[1] == 1 else torch.cat((before, x[:, :-1]), dim=1)
-
-
-def _mix_parameter(config: ModelConfig) -> nn.Parameter:
-    return nn.Parameter(torch.empty(1, 1, config.n_embd))
-
-
-class TimeMix(nn.Module):
-    """The part that remembers: r, k, v through the WKV-5 operator, normalised by head, gated."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        D, A, heads = config.n_embd, config.dim_att, (config.n_head, config.head_size_a)
-        self.heads = heads
-        # GroupNorm of y / divisor with eps 1e-5 is GroupNorm of y with eps 1e-5 divisor^2.
-        self.eps = 1e-5 * config.head_size_divisor**2
-        self.time_mix_k, self.time_mix_v = _mix_parameter(config), _mix_parameter(config)
-        self.time_mix_r, self.time_mix_g = _mix_parameter(config), _mix_parameter(config)
-        self.time_decay = nn.Parameter(torch.empty(heads))
-        self.time_faaaa = nn.Parameter(torch.empty(heads))
-        self.receptance = nn.Linear(D, A, bias=False)
-        self.key = nn.Linear(D, A, bias=False)
-        self.value = nn.Linear(D, A, bias=False)
-        self.output = nn.Linear(A, D, bias=False)
-        self.gate = nn.Linear(D, A, bias=False)
-        self.ln_x = nn.GroupNorm(heads[0], A)
-
-    def forward(self, x: Tensor, x_prev: Tensor, wkv_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D), x_prev (B, D), wkv_state (B, H, N, N) -> out (B, T, D) and the two states after it."""
-        B, T, _ = x.shape
-        shifted = token_shift(x, x_prev)
-        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r)).view(B, T, *self.heads)
-        k = self.key(torch.lerp(shifted, x, self.time_mix_k)).view(B, T, *self.heads)
-        v = self.value(torch.lerp(shifted, x, self.time_mix_v)).view(B, T, *self.heads)
-        g = F.silu(self.gate(torch.lerp(shifted, x, self.time_mix_g)))  # (B, T, A)
-        y, wkv_state = wkv5(r, k, v, self.time_decay, self.time_faaaa, wkv_state)  # (B, T, H, N)
-        y = self.norm(y) * g
-        return self.output(y.to(x.dtype)), x[:, -1].clone(), wkv_state
-
-    def norm(self, y: Tensor) -> Tensor:
-        """Each head on its own to mean 0 and variance 1, then ln_x's weight and bias: (B, T, H, N) -> (B, T, A)."""
-        y = F.layer_norm(y if y.dtype == torch.float64 else y.float(), y.shape[-1:], eps=self.eps)
-        return torch.addcmul(self.ln_x.bias.to(y.dtype), y.flatten(2), self.ln_x.weight.to(y.dtype))
-
-
-class ChannelMix(nn.Module):
-    """The part that computes: a two-layer network with squared ReLU, gated by the receptance."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.time_mix_k, self.time_mix_r = _mix_parameter(config), _mix_parameter(config)
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.receptance = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
-
-    def forward(self, x: Tensor, x_prev: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, D), x_prev (B, D) -> out (B, T, D) and the state after it."""
-        shifted = token_shift(x, x_prev)
-        k = torch.relu(self.key(torch.lerp(shifted, x, self.time_mix_k))).square()  # (B, T, F)
-        r = torch.sigmoid(self.receptance(torch.lerp(shifted, x, self.time_mix_r)))  # (B, T, D)
-        return r * self.value(k), x[:, -1].clone()
-
-
-class Block(nn.Module):
-    """One layer. Its three states: att x_prev (B, D), wkv (B, H, N, N), ffn x_prev (B, D)."""
-
-    def __init__(self, config: ModelConfig, layer_id: int):
-        super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
-        if layer_id == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)
-        self.att = TimeMix(config)
-        self.ffn = ChannelMix(config)
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        out, att_x, wkv = self.att(self.ln1(x), state[0], state[1])
-        x = F.dropout(x + out, self.dropout, self.training)  # official: on the whole residual, not on `out` alone
-        out, ffn_x = self.ffn(self.ln2(x), state[2])
-        x = F.dropout(x + out, self.dropout, self.training)
-        return x, [att_x, wkv, ffn_x]
 
 
 class RWKV(nn.Module):
