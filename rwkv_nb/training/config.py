@@ -23,6 +23,15 @@ NEVER = 99999999  # the official "no limit"
 DATA_TYPES = ("utf-8", "utf-16le", "numpy", "binidx", "dummy", "uint16")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 RECIPES = ("head", "seed")
+LOGGERS = ("none", "csv", "tensorboard")
+
+
+class ConfigError(ValueError):
+    """A run that cannot start. `problems`: one line for each mistake, with flag, value and remedy."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("this run cannot start:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def _flag(default: Any, group: str, help: str) -> Any:
@@ -44,6 +53,8 @@ class TrainConfig:
     proj_dir: str = _flag("out", "run", "folder for checkpoints and train_log.txt")
     random_seed: int = _flag(-1, "run", "seed of all random numbers; negative: leave them alone")
     recipe: str = _flag("head", "run", "head: today's official weights, warm-up, decay groups; seed: those of 2023")
+    logger: str = _flag("none", "run", "where each step's loss, lr and speed go, in proj_dir: csv, tensorboard or none")
+    enable_progress_bar: bool = _flag(True, "run", "a line with steps, loss, lr, Kt/s and the time left")
 
     data_file: str = _flag("", "data", "the data: a path, or a prefix of .bin and .idx for binidx")
     data_type: str = _flag("utf-8", "data", "utf-8, utf-16le, numpy, binidx, dummy or uint16")
@@ -54,6 +65,7 @@ class TrainConfig:
     my_pile_stage: int = _flag(0, "data", "0 plain; 1 only build weights; 2 warm up; 3 train; 4 random windows")
     my_pile_shift: int = _flag(-1, "data", "shift every window by so many tokens; negative: 0")
     my_qa_mask: int = _flag(0, "data", "mix with question-and-answer data: 1 masks the loss, 2 does not")
+    qa_pile_file: str = _flag("", "data", "prefix of the general binidx data that my_qa_mask mixes in")
     my_random_steps: int = _flag(0, "data", "so many samples from random places before the prime walk begins")
     my_sample_len: int = _flag(0, "data", "row length of uint16 data")
 
@@ -184,21 +196,22 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Every mistake, each as one line that names flag, value and remedy. Empty: the run is possible."""
-        wrong = _wrong_types(self._given)
-        return wrong or [text for bad, text in _rules(self) if bad]
+        from rwkv_nb.training.rules import broken_rules
+
+        return _wrong_types(self._given) or broken_rules(self)
 
     def validate(self) -> None:
-        """Raises ValueError that lists every mistake at once."""
+        """Raises ConfigError, a ValueError, that lists every mistake at once."""
         problems = self.problems()
         if problems:
-            raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+            raise ConfigError(problems)
 
 
 def _wrong_types(given: dict[str, Any]) -> list[str]:
     wrong = []
     for f in dataclasses.fields(TrainConfig):
-        kinds = {"int": (int,), "float": (int, float), "str": (str,)}[f.type]
-        if not isinstance(given[f.name], kinds) or isinstance(given[f.name], bool):
+        kinds = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}[f.type]
+        if not isinstance(given[f.name], kinds) or (f.type != "bool" and isinstance(given[f.name], bool)):
             wrong.append(f"{f.name}={given[f.name]!r}: expected {f.type}, got {type(given[f.name]).__name__}")
     return wrong
 
@@ -208,52 +221,3 @@ def working_batch_sizes(real_bsz: int) -> tuple[int, int]:
     divisors = [d for d in range(1, MINI_EPOCH + 1) if MINI_EPOCH % d == 0]
     below = max((d for d in divisors if d <= real_bsz), default=1)
     return below, min((d for d in divisors if d >= real_bsz), default=MINI_EPOCH)
-
-
-def _rules(c: TrainConfig) -> list[tuple[bool, str]]:
-    """(is it wrong?, the message) for every rule."""
-    rules = [
-        (getattr(c, name) not in allowed, f"{name}={getattr(c, name)!r}: use one of {', '.join(map(str, allowed))}")
-        for name, allowed in [("data_type", DATA_TYPES), ("precision", PRECISIONS), ("recipe", RECIPES),
-                              ("my_pile_stage", range(5)), ("my_pile_version", (1, 2)), ("my_qa_mask", (0, 1, 2))]
-    ]  # fmt: skip
-    at_least = {"ctx_len": 1, "micro_bsz": 1, "devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1, "n_layer": 1,
-                "n_embd": 32, "head_size_a": 1, "head_size_divisor": 1, "epoch_steps": 1, "epoch_count": 0,
-                "epoch_begin": 0, "epoch_save": 0, "my_pile_edecay": 0, "my_random_steps": 0, "vocab_size": 0,
-                "magic_prime": 0, "lr_init": 0, "lr_final": 0, "weight_decay": 0}  # fmt: skip
-    rules += [(getattr(c, n) < low, f"{n}={getattr(c, n)}: must be at least {low}") for n, low in at_least.items()]
-    widths = {n: c._given[n] for n in ("n_embd", "dim_att", "dim_ffn")}  # 0: derived, not the user's mistake
-    rules += [(v % 32 != 0, f"{n}={v}: must be a multiple of 32; the nearest below is {v // 32 * 32}")
-              for n, v in widths.items()]  # fmt: skip
-    below_one = ("beta1", "beta2", "dropout")
-    rules += [(not 0 <= getattr(c, n) < 1, f"{n}={getattr(c, n)}: must be in [0, 1)") for n in below_one]
-    below, above = working_batch_sizes(c.real_bsz)
-    heads = max(1, c.head_size_a)
-    rules += [
-        (c.dim_att % 32 == 0 and c.dim_att % heads != 0,
-         f"head_size_a={c.head_size_a}: dim_att={c.dim_att} is not a multiple of it; use dim_att="
-         f"{max(1, c.dim_att // heads) * heads} or another head size"),
-        (c.adam_eps <= 0, f"adam_eps={c.adam_eps}: must be above 0, for instance 1e-8"),
-        (c.my_pile_stage > 0 and c.real_bsz > 0 and MINI_EPOCH % c.real_bsz != 0,
-         f"micro_bsz={c.micro_bsz} (num_nodes * devices * micro_bsz = {c.real_bsz}): does not divide the {MINI_EPOCH} "
-         f"samples of a mini-epoch (stages 1 to 4); the nearest batch sizes that work are {below} and {above}"),
-        (c.accumulate_grad_batches > 0 and c.epoch_steps % max(1, c.accumulate_grad_batches) != 0,
-         f"accumulate_grad_batches={c.accumulate_grad_batches}: does not divide the {c.epoch_steps} batches of a "
-         "mini-epoch; choose a divisor, or another epoch_steps or micro_bsz"),
-        (c.my_pile_stage in (2, 3) and c.magic_prime == 0,
-         f"magic_prime=0: stage {c.my_pile_stage} walks the data by a prime; compute it with "
-         "rwkv_nb.data.magic_prime.magic_prime(n_tokens, ctx_len), or use my_pile_stage=0 for random windows"),
-        (c.my_pile_stage in (1, 2, 3) and c.magic_prime > 0 and c.magic_prime % 3 != 2,
-         f"magic_prime={c.magic_prime}: must be a prime that leaves 2 when divided by 3; compute it with "
-         "rwkv_nb.data.magic_prime.magic_prime(n_tokens, ctx_len)"),
-        (c.my_exit_tokens != 0 and abs(c.my_exit_tokens) <= c.warmup_steps * c.tokens_per_step,
-         f"warmup_steps={c.warmup_steps}: the warm-up alone takes {c.warmup_steps * c.tokens_per_step} tokens, "
-         f"but my_exit_tokens={c.my_exit_tokens} ends the run before; use fewer warm-up steps or more tokens"),
-        (c.my_pile_edecay > 0 and c.my_pile_edecay >= c.epoch_count,
-         f"my_pile_edecay={c.my_pile_edecay}: lr would begin to decay after the last of {c.epoch_count} mini-epochs"),
-        (c.my_testing not in ("", "x052"), f"my_testing={c.my_testing!r}: only RWKV-5.2 is built here; leave it empty"),
-        (not c.proj_dir, "proj_dir='': name a folder for checkpoints and the log"),
-        (c.data_type == "uint16" and c.my_sample_len < 2,
-         f"my_sample_len={c.my_sample_len}: data_type=uint16 needs the length of its rows, at least 2"),
-    ]  # fmt: skip
-    return rules

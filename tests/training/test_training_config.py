@@ -21,14 +21,14 @@ OFFICIAL = {
     "my_random_steps": 0, "my_testing": "", "my_exit": 99999999, "my_exit_tokens": 0, "accelerator": "gpu",
     "strategy": "auto", "devices": 1, "num_nodes": 1, "precision": "fp16", "accumulate_grad_batches": 1,
 }  # fmt: skip
+OURS = {"recipe": "head", "logger": "none", "enable_progress_bar": True, "qa_pile_file": ""}
 MINIPILE = {"my_pile_stage": 3, "magic_prime": 2926181, "data_type": "binidx", "ctx_len": 512, "micro_bsz": 16}
 
 
 def test_fields_are_the_official_flags_with_their_defaults():
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    assert set(fields) == set(OFFICIAL) | {"recipe"}
-    assert {name: f.default for name, f in fields.items() if name != "recipe"} == OFFICIAL
-    assert fields["recipe"].default == "head"
+    defaults = {name: f.default for name, f in fields.items()}
+    assert defaults == defaults | OFFICIAL | OURS, "every official flag is there, with its default"
     for name, f in fields.items():
         assert f.metadata["help"] and "\n" not in f.metadata["help"], name
         assert type(f.default).__name__ == f.type, name
@@ -103,6 +103,14 @@ def test_batch_sizes_that_do_not_divide_a_mini_epoch():
         ({"proj_dir": ""}, ("proj_dir",)),
         ({"data_type": "uint16"}, ("my_sample_len=0",)),
         ({"my_testing": "x060"}, ("my_testing='x060'", "5.2")),
+        ({"accelerator": "tpu"}, ("accelerator='tpu'", "auto")),
+        ({"strategy": "deepspeed_stage2"}, ("strategy='deepspeed_stage2'", "did you mean deepspeed_stage_2?")),
+        ({"strategy": "x"}, ("strategy='x'", "ddp, ")),
+        ({"accelerator": "cpu", "devices": 2, "strategy": "deepspeed_stage_2"}, ("deepspeed_stage_2", "'ddp'")),
+        ({"my_qa_mask": 2, "data_type": "binidx"}, ("my_qa_mask=2", "qa_pile_file")),
+        ({"my_pile_version": 2}, ("my_pile_version=2", "binidx")),
+        ({"logger": "wandb"}, ("logger='wandb'", "tensorboard")),
+        ({"ds_bucket_mb": 0}, ("ds_bucket_mb=0",)),
     ],
 )
 def test_errors_name_flag_value_and_remedy(flags, words):
@@ -113,12 +121,13 @@ def test_errors_name_flag_value_and_remedy(flags, words):
     assert len(cfg.problems()) <= 2
 
 
-@pytest.mark.parametrize("flags", [{"n_layer": 2.0}, {"lr_init": "1e-3"}, {"grad_cp": True}, {"proj_dir": 3}])
+@pytest.mark.parametrize("flags", [{"n_layer": 2.0}, {"lr_init": "1e-3"}, {"grad_cp": True}, {"proj_dir": 3},
+                                   {"enable_progress_bar": 1}])
 def test_wrong_types_are_refused_at_once(flags):
     with pytest.raises(ValueError, match=f"{next(iter(flags))}=.*expected"):
         TrainConfig(**flags)
 
 
 def test_configuration_and_schedule_do_without_torch():
-    code = "import sys, rwkv_nb.training.config, rwkv_nb.training.schedule; sys.exit('torch' in sys.modules)"
+    code = "import sys, rwkv_nb.training.rules, rwkv_nb.training.schedule; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

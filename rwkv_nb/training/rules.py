@@ -1,0 +1,119 @@
+"""What makes a run impossible, flag by flag: each rule is a condition and one line with flag, value and remedy.
+
+It is: everything that the flags alone can tell. It is not: what needs a look at files or at the machine (preflight.py).
+Imports no torch, so that checks cost nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from rwkv_nb.training.config import (
+    DATA_TYPES,
+    LOGGERS,
+    MINI_EPOCH,
+    PRECISIONS,
+    RECIPES,
+    working_batch_sizes,
+)
+
+if TYPE_CHECKING:
+    from rwkv_nb.training.config import TrainConfig
+
+ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "auto")
+STRATEGIES = (  # Lightning's names
+    "auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "ddp_spawn", "ddp_fork",
+    "ddp_notebook", "fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_1_offload",
+    "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload",
+    "deepspeed_stage_3_offload_nvme",
+)  # fmt: skip
+PRIME_COMMAND = "python -m rwkv_nb magic_prime DATA_FILE CTX_LEN"
+
+
+def broken_rules(c: TrainConfig) -> list[str]:
+    """The message of every rule that the flags break."""
+    return [text for bad, text in (*_choices(c), *_ranges(c), *_sizes(c), *_schedule(c), *_others(c)) if bad]
+
+
+def did_you_mean(word: str, known: object) -> str:
+    """"; did you mean X?" if one of the known words is close, else an empty string."""
+    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _choices(c: TrainConfig) -> list[tuple[bool, str]]:
+    allowed = {"data_type": DATA_TYPES, "precision": PRECISIONS, "recipe": RECIPES, "logger": LOGGERS,
+               "accelerator": ACCELERATORS, "my_pile_stage": range(5), "my_pile_version": (1, 2),
+               "my_qa_mask": (0, 1, 2), "load_partial": (0, 1)}  # fmt: skip
+    rules = [
+        (getattr(c, name) not in values, f"{name}={getattr(c, name)!r}: use one of {', '.join(map(str, values))}")
+        for name, values in allowed.items()
+    ]
+    close = did_you_mean(c.strategy, STRATEGIES)
+    return [*rules, (c.strategy not in STRATEGIES,
+                     f"strategy={c.strategy!r}: no strategy of Lightning{close or '; use ' + ', '.join(STRATEGIES)}")]
+
+
+def _ranges(c: TrainConfig) -> list[tuple[bool, str]]:
+    at_least = {"ctx_len": 1, "micro_bsz": 1, "devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1, "n_layer": 1,
+                "n_embd": 32, "head_size_a": 1, "head_size_divisor": 1, "epoch_steps": 1, "epoch_count": 0,
+                "epoch_begin": 0, "epoch_save": 0, "my_pile_edecay": 0, "my_random_steps": 0, "vocab_size": 0,
+                "magic_prime": 0, "lr_init": 0, "lr_final": 0, "weight_decay": 0, "ds_bucket_mb": 1}  # fmt: skip
+    rules = [(getattr(c, n) < low, f"{n}={getattr(c, n)}: must be at least {low}") for n, low in at_least.items()]
+    below_one = ("beta1", "beta2", "dropout")
+    rules += [(not 0 <= getattr(c, n) < 1, f"{n}={getattr(c, n)}: must be in [0, 1)") for n in below_one]
+    return [*rules, (c.adam_eps <= 0, f"adam_eps={c.adam_eps}: must be above 0, for instance 1e-8")]
+
+
+def _sizes(c: TrainConfig) -> list[tuple[bool, str]]:
+    widths = {n: c._given[n] for n in ("n_embd", "dim_att", "dim_ffn")}  # 0: derived, not the user's mistake
+    rules = [(v % 32 != 0, f"{n}={v}: must be a multiple of 32; the nearest below is {v // 32 * 32}")
+             for n, v in widths.items()]  # fmt: skip
+    below, above = working_batch_sizes(c.real_bsz)
+    heads = max(1, c.head_size_a)
+    return rules + [
+        (c.dim_att % 32 == 0 and c.dim_att % heads != 0,
+         f"head_size_a={c.head_size_a}: dim_att={c.dim_att} is not a multiple of it; use dim_att="
+         f"{max(1, c.dim_att // heads) * heads} or another head size"),
+        (c.my_pile_stage > 0 and c.real_bsz > 0 and MINI_EPOCH % c.real_bsz != 0,
+         f"micro_bsz={c.micro_bsz} (num_nodes * devices * micro_bsz = {c.real_bsz}): does not divide the {MINI_EPOCH} "
+         f"samples of a mini-epoch (stages 1 to 4); the nearest batch sizes that work are {below} and {above}"),
+        (c.accumulate_grad_batches > 0 and c.epoch_steps % max(1, c.accumulate_grad_batches) != 0,
+         f"accumulate_grad_batches={c.accumulate_grad_batches}: does not divide the {c.epoch_steps} batches of a "
+         "mini-epoch; choose a divisor, or another epoch_steps or micro_bsz"),
+    ]
+
+
+def _schedule(c: TrainConfig) -> list[tuple[bool, str]]:
+    return [
+        (c.my_pile_stage in (2, 3) and c.magic_prime == 0,
+         f"magic_prime=0: stage {c.my_pile_stage} walks the data by a prime; compute it with "
+         f"`{PRIME_COMMAND}`, or use my_pile_stage=0 for random windows"),
+        (c.my_pile_stage in (1, 2, 3) and c.magic_prime > 0 and c.magic_prime % 3 != 2,
+         f"magic_prime={c.magic_prime}: must be a prime that leaves 2 when divided by 3; compute it with "
+         f"`{PRIME_COMMAND}`"),
+        (c.my_exit_tokens != 0 and abs(c.my_exit_tokens) <= c.warmup_steps * c.tokens_per_step,
+         f"warmup_steps={c.warmup_steps}: the warm-up alone takes {c.warmup_steps * c.tokens_per_step} tokens, "
+         f"but my_exit_tokens={c.my_exit_tokens} ends the run before; use fewer warm-up steps or more tokens"),
+        (c.my_pile_edecay > 0 and c.my_pile_edecay >= c.epoch_count,
+         f"my_pile_edecay={c.my_pile_edecay}: lr would begin to decay after the last of {c.epoch_count} mini-epochs"),
+    ]
+
+
+def _others(c: TrainConfig) -> list[tuple[bool, str]]:
+    cpu, one = c.accelerator == "cpu", c.devices * c.num_nodes == 1
+    return [
+        (c.my_testing not in ("", "x052"), f"my_testing={c.my_testing!r}: only RWKV-5.2 is built here; leave it empty"),
+        (not c.proj_dir, "proj_dir='': name a folder for checkpoints and the log"),
+        (c.data_type == "uint16" and c.my_sample_len < 2,
+         f"my_sample_len={c.my_sample_len}: data_type=uint16 needs the length of its rows, at least 2"),
+        (cpu and not one and c.strategy.startswith(("deepspeed", "fsdp")),
+         f"strategy={c.strategy!r}: needs GPUs; several processes on processors (accelerator='cpu', devices="
+         f"{c.devices}, num_nodes={c.num_nodes}) share the work with strategy='ddp'"),
+        (c.my_qa_mask > 0 and (c.data_type != "binidx" or not c.qa_pile_file),
+         f"my_qa_mask={c.my_qa_mask}: mixes two binidx data sets; give data_type='binidx' and the second one as "
+         f"qa_pile_file (now {c.qa_pile_file!r})"),
+        (c.my_pile_version == 2 and c.data_type != "binidx",
+         f"my_pile_version=2: a list of binidx files, but data_type={c.data_type!r}; use data_type='binidx'"),
+    ]
