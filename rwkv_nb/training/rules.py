@@ -15,6 +15,7 @@ from rwkv_nb.training.config import (
     MINI_EPOCH,
     PRECISIONS,
     RECIPES,
+    RESUMES,
     working_batch_sizes,
 )
 
@@ -43,7 +44,7 @@ def did_you_mean(word: str, known: object) -> str:
 
 
 def _choices(c: TrainConfig) -> list[tuple[bool, str]]:
-    allowed = {"data_type": DATA_TYPES, "precision": PRECISIONS, "recipe": RECIPES, "logger": LOGGERS,
+    allowed = {"data_type": DATA_TYPES, "precision": PRECISIONS, "recipe": RECIPES, "logger": LOGGERS, "resume": RESUMES,
                "accelerator": ACCELERATORS, "my_pile_stage": range(5), "my_pile_version": (1, 2),
                "my_qa_mask": (0, 1, 2), "load_partial": (0, 1)}  # fmt: skip
     rules = [
@@ -59,7 +60,8 @@ def _ranges(c: TrainConfig) -> list[tuple[bool, str]]:
     at_least = {"ctx_len": 1, "micro_bsz": 1, "devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1, "n_layer": 1,
                 "n_embd": 32, "head_size_a": 1, "head_size_divisor": 1, "epoch_steps": 1, "epoch_count": 0,
                 "epoch_begin": 0, "epoch_save": 0, "my_pile_edecay": 0, "my_random_steps": 0, "vocab_size": 0,
-                "magic_prime": 0, "lr_init": 0, "lr_final": 0, "weight_decay": 0, "ds_bucket_mb": 1}  # fmt: skip
+                "magic_prime": 0, "lr_init": 0, "lr_final": 0, "weight_decay": 0, "ds_bucket_mb": 1,
+                "save_minutes": 0, "save_steps": 0}  # fmt: skip
     rules = [(getattr(c, n) < low, f"{n}={getattr(c, n)}: must be at least {low}") for n, low in at_least.items()]
     below_one = ("beta1", "beta2", "dropout")
     rules += [(not 0 <= getattr(c, n) < 1, f"{n}={getattr(c, n)}: must be in [0, 1)") for n in below_one]

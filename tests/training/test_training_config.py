@@ -21,7 +21,10 @@ OFFICIAL = {
     "my_random_steps": 0, "my_testing": "", "my_exit": 99999999, "my_exit_tokens": 0, "accelerator": "gpu",
     "strategy": "auto", "devices": 1, "num_nodes": 1, "precision": "fp16", "accumulate_grad_batches": 1,
 }  # fmt: skip
-OURS = {"recipe": "head", "logger": "none", "enable_progress_bar": True, "qa_pile_file": ""}
+OURS = {
+    "recipe": "head", "logger": "none", "enable_progress_bar": True, "qa_pile_file": "", "resume": "state",
+    "save_state": True, "save_minutes": 10.0, "save_steps": 0,
+}  # fmt: skip
 MINIPILE = {"my_pile_stage": 3, "magic_prime": 2926181, "data_type": "binidx", "ctx_len": 512, "micro_bsz": 16}
 
 
