@@ -56,7 +56,7 @@ class TrainConfig:
     recipe: str = _flag("head", "run", "head: today's official weights, warm-up, decay groups; seed: those of 2023")
     logger: str = _flag("none", "run", "where each step's loss, lr and speed go, in proj_dir: csv, tensorboard or none")
     enable_progress_bar: bool = _flag(True, "run", "a line with steps, loss, lr, Kt/s and the time left")
-    resume: str = _flag("state", "run", "stages 2 to 4 go on from: state, exactly where it stood; weights, as officially")
+    resume: str = _flag("state", "run", "stages 2 to 4: state goes on where the run stood, weights as officially")
     save_state: bool = _flag(True, "run", "write trainer states (rwkv-N.state): optimizer, position, random numbers")
     save_minutes: float = _flag(10.0, "run", "minutes between two trainer states within a mini-epoch; 0: do not mind")
     save_steps: int = _flag(0, "run", "steps between two trainer states within a mini-epoch; 0: do not mind")

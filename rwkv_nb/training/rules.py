@@ -44,8 +44,8 @@ def did_you_mean(word: str, known: object) -> str:
 
 
 def _choices(c: TrainConfig) -> list[tuple[bool, str]]:
-    allowed = {"data_type": DATA_TYPES, "precision": PRECISIONS, "recipe": RECIPES, "logger": LOGGERS, "resume": RESUMES,
-               "accelerator": ACCELERATORS, "my_pile_stage": range(5), "my_pile_version": (1, 2),
+    allowed = {"data_type": DATA_TYPES, "precision": PRECISIONS, "recipe": RECIPES, "logger": LOGGERS,
+               "resume": RESUMES, "accelerator": ACCELERATORS, "my_pile_stage": range(5), "my_pile_version": (1, 2),
                "my_qa_mask": (0, 1, 2), "load_partial": (0, 1)}  # fmt: skip
     rules = [
         (getattr(c, name) not in values, f"{name}={getattr(c, name)!r}: use one of {', '.join(map(str, values))}")
