@@ -1,0 +1,165 @@
+"""How many bytes a strategy puts where, whether they fit, and how fast a token can be at best.
+
+    plan = parse_strategy("cuda fp16i8 *20 -> cpu fp32", config.n_layer)
+    needed = memory_plan(plan, config)
+    needed.weights["cuda"], needed.state["cuda"], needed.streamed
+
+Every number of a token's work reads every weight once (but one row of the embedding), so a device cannot be faster than
+its memory: seconds a token = bytes read / bandwidth, summed over the devices, plus what is streamed over the bus.
+
+8-bit matrices cost more time than their bytes say, because they are unpacked at each step (UNPACKING).
+
+What it is not: a measurement. Working memory beside weights and state (activations, the allocator's reserve, CUDA's own
+few hundred MB) is not counted; leave a tenth free. Bytes agree with what the `rwkv` package allocates.
+Source: the loading loop of `rwkv/model.py`, 0.8.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rwkv_nb.model.config import ModelConfig
+from rwkv_nb.model.initialization import parameter_shapes
+
+from .strategy import Place, Plan, parse_strategy
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STREAMED = ("key.weight", "value.weight", "receptance.weight", "output.weight")  # of a block; the gate stays
+# How many times longer than its bytes an 8-bit matrix takes in the `rwkv` package. On a processor: 2.2 tokens/s were
+# measured where float32, four times the bytes, reached 21.8. On cards: 17 tokens/s for 14 GB at 600 GB/s (an A10, as
+# reported for ChatRWKV without its own CUDA kernels).
+UNPACKING = {"cpu": 40.0, "card": 2.5}
+SPARE = 0.1  # share of a device that a plan should leave free
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place for layers. memory, free: bytes. bandwidth: bytes a second that products can read. bus: bytes a second to
+    it from the computer's memory."""
+
+    memory: float
+    bandwidth: float
+    bus: float = 12e9  # a PCIe 3.0 slot of 16 lanes, as copies see it
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a strategy, by device name. streamed: what travels to the device at every step (it lies in "cpu")."""
+
+    plan: Plan
+    weights: dict[str, int]
+    state: dict[str, int]
+    read: dict[str, float]  # bytes that one token reads, those in 8 bits times UNPACKING
+    streamed: dict[str, int] = field(default_factory=dict)
+
+    def total(self, device: str) -> int:
+        """Weights and state of one sequence on a device."""
+        return self.weights.get(device, 0) + self.state.get(device, 0)
+
+    def lacking(self, machine: dict[str, Device], spare: float = SPARE) -> dict[str, float]:
+        """Device -> bytes that are missing there; empty if the plan fits. One that is not there lacks everything."""
+        room = {name: machine[name].memory * (1 - spare) if name in machine else 0.0 for name in self.weights}
+        return {name: self.total(name) - room[name] for name in self.weights if self.total(name) > room[name]}
+
+    def seconds_per_token(self, machine: dict[str, Device]) -> float:
+        """The least time that reading memory takes for one token. Raises KeyError for a device that is not there."""
+        reading = sum(n / machine[name].bandwidth for name, n in self.read.items())
+        return reading + sum(n / machine[name].bus for name, n in self.streamed.items())
+
+
+def memory_plan(plan: Plan, config: ModelConfig) -> MemoryPlan:
+    """Bytes by device. Raises ValueError if the plan is one for another number of layers."""
+    if plan.n_layer != config.n_layer:
+        raise ValueError(f"the strategy was planned for {plan.n_layer} layers, the model has {config.n_layer}")
+    weights, read, streamed = Counter(), Counter(), Counter()
+    for name, shape in parameter_shapes(config).items():
+        if ".ln0." in name:
+            continue  # is worked into the embedding while loading
+        place, size = place_of(name, plan), stored_bytes(name, shape, place_of(name, plan))
+        if name == "emb.weight":  # stays in the computer's memory; a token looks up one row of it
+            weights["cpu"] += size
+            read["cpu"] += size // shape[0]
+            continue
+        read[place.device] += size * _slowness(shape, place)
+        if place.streamed and place.device != "cpu" and name.startswith("blocks.") and name.endswith(STREAMED):
+            travels = matrix_bytes(shape, place)  # its scales stay on the device
+            streamed[place.device] += travels
+            weights["cpu"] += travels
+            size -= travels
+        weights[place.device] += size
+    return MemoryPlan(plan, dict(weights), _state_bytes(plan, config), dict(read), dict(streamed))
+
+
+def place_of(name: str, plan: Plan) -> Place:
+    """The place of a parameter: that of its block; of the first block for the embedding, the last one for the head."""
+    if name.startswith(("head.", "ln_out.")):
+        return plan.places[-1]
+    return plan.places[int(name.split(".")[1]) if name.startswith("blocks.") else 0]
+
+
+def stored_bytes(name: str, shape: tuple[int, ...], place: Place) -> int:
+    """Bytes of one parameter: decay, bonus and group norm always in float32, matrices in 8 bits where asked for."""
+    numbers = 1
+    for n in shape:
+        numbers *= n
+    if any(part in name for part in (".time_decay", ".time_faaaa", ".ln_x.")):
+        return 4 * numbers
+    if len(shape) == 2 and name != "emb.weight":
+        scales = 2 * sum(shape) * BYTES[place.dtype] if place.eight_bit else 0  # a least value and a range: row, column
+        return matrix_bytes(shape, place) + scales
+    return numbers * BYTES[place.dtype]
+
+
+def matrix_bytes(shape: tuple[int, ...], place: Place) -> int:
+    """Bytes of a matrix without its scales."""
+    return shape[0] * shape[1] * (1 if place.eight_bit else BYTES[place.dtype])
+
+
+def _slowness(shape: tuple[int, ...], place: Place) -> float:
+    """How many times longer than its bytes a parameter takes."""
+    packed = place.eight_bit and len(shape) == 2
+    return UNPACKING["cpu" if place.device == "cpu" else "card"] if packed else 1.0
+
+
+def _state_bytes(plan: Plan, config: ModelConfig) -> dict[str, int]:
+    """The state of one sequence: two rows of n_embd in the block's format, heads of N x N in float32."""
+    state: dict[str, int] = {}
+    for place in plan.places[:-1]:
+        size = 2 * config.n_embd * BYTES[place.dtype] + 4 * config.dim_att * config.head_size_a
+        state[place.device] = state.get(place.device, 0) + size
+    return state
+
+
+def best_strategy(config: ModelConfig, machine: dict[str, Device]) -> MemoryPlan | None:
+    """The quickest strategy that fits, by the bandwidth limit; None if nothing fits.
+
+    Tried: each device alone in each format, as many layers on a card as it holds and the others on the processor, and
+    as many as it holds with the others streamed. Of equally quick ones bf16 comes first: it is what files hold.
+    """
+    L, cards = config.n_layer, [name for name in machine if name != "cpu"]
+    texts = [f"cpu {format}" for format in ("fp32", "bf16", "fp16", "fp32i8")]
+    for card in cards:
+        for format in ("fp32", "bf16", "fp16", "fp16i8"):
+            texts.append(f"{card} {format}")
+            for rest in (f" *{{}} -> cpu {other}" for other in ("fp32", "bf16")):
+                texts.append(_most(card + " " + format + rest, config, machine, 1))
+            texts.append(_most(f"{card} {format} *{{}}+", config, machine, 0))
+    plans = (memory_plan(parse_strategy(text, L), config) for text in texts if text)
+    fitting = [p for p in plans if not p.lacking(machine)]
+    return min(fitting, key=lambda p: p.seconds_per_token(machine), default=None)
+
+
+def _most(text: str, config: ModelConfig, machine: dict[str, Device], least: int) -> str | None:
+    """`text` with the largest number of layers for which it fits, `least` or more; None if not even that many do.
+
+    More layers on a card need less elsewhere: try half of what is open, as in looking up a word.
+    """
+
+    def lacks_on_card(n: int) -> bool:
+        plan = memory_plan(parse_strategy(text.format(n), config.n_layer), config)
+        return any(name != "cpu" for name in plan.lacking(machine))
+
+    n = bisect.bisect_left(range(least, config.n_layer + 1), True, key=lacks_on_card) + least - 1
+    return text.format(n) if n >= least else None
