@@ -49,6 +49,7 @@ def written(entries):
 @given(entries=st.lists(ENTRY, min_size=1, max_size=4))
 @example(entries=[("fp16", "i8", 2, True), ("fp32", "", None, False)])
 @example(entries=[("fp32", "", 1, False), ("bf16", "i8", None, False), ("fp16", "", None, False)])
+@example(entries=[("fp32", "", None, False), ("bf16", "", None, False), ("fp16", "", None, False)])
 def test_places_and_bytes_are_the_packages(package, entries):
     text = written(entries)
     theirs = package(text)
