@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rwkv_nb.data import sources, tokenizer
+from rwkv_nb.data import held_out, sources, tokenizer
 from rwkv_nb.data.sampler import StartSampler, check_prime
 
 
@@ -36,7 +36,8 @@ class DataConfig:
     my_pile_shift: tokens by which the walk is shifted; -1 is 0. my_random_steps: the first samples that go to random
     places. my_qa_mask: 0 no, 1 mix and mask the loss, 2 mix only.
     Ours: proj_dir "" writes no vocab.json (official "out"); qa_pile_file: prefix of the binidx pair mixed in by
-    my_qa_mask; qa_mask_ids: the tokens after which an answer begins, by default "\\n\\nA:" of the 20B tokenizer.
+    my_qa_mask; qa_mask_ids: the tokens after which an answer begins, by default "\\n\\nA:" of the 20B tokenizer
+    (as a flag: "187,187,34,27"); val_split: the fraction at the end of the data that is held out.
     """
 
     data_file: str = ""
@@ -56,6 +57,7 @@ class DataConfig:
     proj_dir: str = ""
     qa_pile_file: str = ""
     qa_mask_ids: tuple[int, ...] = (187, 187, 34, 27)
+    val_split: float = 0.0
 
     @classmethod
     def from_flags(cls, flags: object) -> DataConfig:
@@ -86,6 +88,11 @@ class DataConfig:
             refuse("data_type", "binidx for my_pile_version 2 and for my_qa_mask")
         if self.vocab_size == 0 and self.data_type not in sources.TEXT_TYPES:
             refuse("vocab_size", f"given for data_type {self.data_type}, e.g. 65536 for the World tokenizer")
+        if isinstance(self.qa_mask_ids, str):
+            ids = self.qa_mask_ids.split(",")
+            if not all(part.strip().isdecimal() for part in ids):
+                refuse("qa_mask_ids", "token ids with commas between, such as 187,187,34,27")
+            object.__setattr__(self, "qa_mask_ids", tuple(int(part) for part in ids))
         if self.my_qa_mask and not self.qa_pile_file:
             refuse("qa_pile_file", f"the prefix of the binidx pair that my_qa_mask {self.my_qa_mask} mixes in")
 
@@ -110,7 +117,8 @@ class TokenDataset(torch.utils.data.Dataset):
                              "seed 0 or more")
         self.rank, self.world_size, self.notes = rank, world_size, []
         self.samples_per_epoch = c.epoch_steps * c.micro_bsz * world_size
-        self.source, self.mixing = _source(c), sources.Binidx(c.qa_pile_file) if c.my_qa_mask else None
+        self.source, self.held_out = held_out.split(sources.open_source(c), c.ctx_len, c.val_split)
+        self.mixing = sources.Binidx(c.qa_pile_file) if c.my_qa_mask else None
         self.vocab_size = self.source.tokenizer.vocab_size if c.data_type in sources.TEXT_TYPES else c.vocab_size
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that living workers see set_epoch
         self.sampler = self._make_sampler(seed)
@@ -169,6 +177,9 @@ class TokenDataset(torch.utils.data.Dataset):
                          f"of the tokens in {p / self.samples_per_epoch:.2f} mini-epochs")
         else:
             lines.append(f"places: random, {self.sampler.n_starts} possible starts; no pass over the whole is promised")
+        if self.held_out is not None:
+            lines.append(f"held out: the last {self.held_out.n_tokens} {s.what}, "
+                         f"{(self.held_out.n_tokens - 1) // c.ctx_len} windows that training never reads")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def _make_sampler(self, seed: int) -> StartSampler:
@@ -179,8 +190,14 @@ class TokenDataset(torch.utils.data.Dataset):
                                prime=c.magic_prime, shift=shift, random_steps=c.my_random_steps, qa_mask=c.my_qa_mask,
                                n_mix_starts=mixing.n_starts(c.ctx_len) if mixing else 0)
         if sampler.walks:
-            self.notes += check_prime(c.magic_prime, source.n_tokens, n_starts, c.ctx_len, shift,
-                                      self.samples_per_epoch)
+            try:
+                self.notes += check_prime(c.magic_prime, source.n_tokens, n_starts, c.ctx_len, shift,
+                                          self.samples_per_epoch)
+            except ValueError as error:
+                if self.held_out is None:
+                    raise
+                raise ValueError(f"{error}; val_split {c.val_split} leaves {source.n_tokens} tokens for training and "
+                                 f"holds out the last {self.held_out.n_tokens}") from None
         elif source.n_tokens < 3 * c.ctx_len:
             self.notes.append(f"{source.n_tokens} {source.what} are fewer than 3 * ctx_len = {3 * c.ctx_len}: nearly "
                               "every window is the same text; use a smaller ctx_len or more data")
@@ -228,17 +245,3 @@ def answer_mask(x: torch.Tensor, begin: tuple[int, ...] = (187, 187, 34, 27)) ->
             inside = False
         mask[i] = float(inside)
     return mask
-
-
-def _source(c: DataConfig) -> sources.Source:
-    if c.data_type == "dummy":
-        return sources.Dummy()
-    if not c.data_file:
-        raise ValueError(f"data_file is empty: data_type {c.data_type} needs a path (binidx: the prefix)")
-    if c.data_type == "binidx":
-        return sources.Mixture(c.data_file, c.ctx_len) if c.my_pile_version == 2 else sources.Binidx(c.data_file)
-    if c.data_type == "numpy":
-        return sources.Numpy(c.data_file)
-    if c.data_type == "uint16":
-        return sources.Rows(c.data_file, c.my_sample_len)
-    return sources.Text(c.data_file, c.data_type)

@@ -17,8 +17,11 @@ Source: RWKV-LM `RWKV-v5/make_data.py` (the prime) and `RWKV-v5/src/dataset.py` 
 
 from __future__ import annotations
 
+import argparse
 import math
 import operator
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SAMPLES_PER_EPOCH = 40320  # the official mini-epoch: 8!, which batch sizes 1 to 10, 12, 14, 16, 18, 20, 24 ... divide
@@ -144,6 +147,30 @@ def sample_offset(prime: int, ctx_len: int, epoch: int, idx: int, rank: int, wor
     if prime < 2 or ctx_len < 1:
         raise ValueError(f"prime is {prime}, ctx_len {ctx_len}: prime must be at least 2, ctx_len at least 1")
     return chunk_of(prime, sample_number(epoch, idx, rank, world_size, samples_per_epoch)) * ctx_len
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m rwkv_nb magic_prime`: the prime on stdout, alone, for scripts; what it means on stderr, for people."""
+    parser = argparse.ArgumentParser("python -m rwkv_nb magic_prime", description="The largest prime that walks "
+                                     "through a data set in windows of CTX_LEN tokens.")
+    parser.add_argument("data", metavar="DATA", help="prefix of .bin and .idx, or a number of tokens")
+    parser.add_argument("ctx_len", metavar="CTX_LEN", type=int, help="tokens in a training window")
+    parser.add_argument("--flags", action="store_true", help="print --my_exit_tokens, --magic_prime and --ctx_len "
+                                                             "ready for `train`, in place of the prime alone")
+    args = parser.parse_args(argv)
+    if args.data.isdecimal():
+        n_tokens = int(args.data)
+    else:
+        from rwkv_nb.data.binidx import MMapIndexedDataset  # here: arithmetic alone needs no files
+
+        with MMapIndexedDataset(args.data) as data:
+            n_tokens = data.n_tokens
+    found = explain(n_tokens, args.ctx_len)
+    if found.prime is None:
+        raise ValueError(f"{args.data}: {found.reason}")
+    print(found, file=sys.stderr)
+    print(found.flags if args.flags else found.prime)
+    return 0
 
 
 def _slots(n_tokens: int, ctx_len: int) -> int:

@@ -221,6 +221,22 @@ class Mixture(Source):
         return self.parts[0][2].meta
 
 
+def open_source(flags: object) -> Source:
+    """The source that the flags data_type, data_file, my_pile_version, ctx_len and my_sample_len describe."""
+    path = flags.data_file
+    if flags.data_type == "dummy":
+        return Dummy()
+    if not path:
+        raise ValueError(f"data_file is empty: data_type {flags.data_type} needs a path (binidx: the prefix)")
+    if flags.data_type == "binidx":
+        return Mixture(path, flags.ctx_len) if flags.my_pile_version == 2 else Binidx(path)
+    if flags.data_type == "numpy":
+        return Numpy(path)
+    if flags.data_type == "uint16":
+        return Rows(path, flags.my_sample_len)
+    return Text(path, flags.data_type)
+
+
 def _by_character(text: str) -> tuple[CharTokenizer, np.ndarray]:
     tokenizer = CharTokenizer.from_text(text)
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
