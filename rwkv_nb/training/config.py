@@ -71,6 +71,9 @@ class TrainConfig:
     my_pile_shift: int = _flag(-1, "data", "shift every window by so many tokens; negative: 0")
     my_qa_mask: int = _flag(0, "data", "mix with question-and-answer data: 1 masks the loss, 2 does not")
     qa_pile_file: str = _flag("", "data", "prefix of the general binidx data that my_qa_mask mixes in")
+    qa_mask_ids: str = _flag("187,187,34,27", "data", "tokens after which an answer begins, of the 20B tokenizer")
+    val_split: float = _flag(0.0, "data", "fraction at the end of the data held out for a validation loss; 0: none")
+    val_every: int = _flag(0, "data", "steps between validations; 0: at the end of each mini-epoch alone")
     my_random_steps: int = _flag(0, "data", "so many samples from random places before the prime walk begins")
     my_sample_len: int = _flag(0, "data", "row length of uint16 data")
 

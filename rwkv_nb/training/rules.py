@@ -61,9 +61,9 @@ def _ranges(c: TrainConfig) -> list[tuple[bool, str]]:
                 "n_embd": 32, "head_size_a": 1, "head_size_divisor": 1, "epoch_steps": 1, "epoch_count": 0,
                 "epoch_begin": 0, "epoch_save": 0, "my_pile_edecay": 0, "my_random_steps": 0, "vocab_size": 0,
                 "magic_prime": 0, "lr_init": 0, "lr_final": 0, "weight_decay": 0, "ds_bucket_mb": 1,
-                "save_minutes": 0, "save_steps": 0}  # fmt: skip
+                "save_minutes": 0, "save_steps": 0, "val_every": 0}  # fmt: skip
     rules = [(getattr(c, n) < low, f"{n}={getattr(c, n)}: must be at least {low}") for n, low in at_least.items()]
-    below_one = ("beta1", "beta2", "dropout")
+    below_one = ("beta1", "beta2", "dropout", "val_split")
     rules += [(not 0 <= getattr(c, n) < 1, f"{n}={getattr(c, n)}: must be in [0, 1)") for n in below_one]
     return [*rules, (c.adam_eps <= 0, f"adam_eps={c.adam_eps}: must be above 0, for instance 1e-8")]
 
@@ -113,6 +113,11 @@ def _others(c: TrainConfig) -> list[tuple[bool, str]]:
         (cpu and not one and c.strategy.startswith(("deepspeed", "fsdp")),
          f"strategy={c.strategy!r}: needs GPUs; several processes on processors (accelerator='cpu', devices="
          f"{c.devices}, num_nodes={c.num_nodes}) share the work with strategy='ddp'"),
+        (c.val_every > 0 and c.val_split == 0,
+         f"val_every={c.val_every}: nothing is held out; give val_split, such as 0.01"),
+        (c.val_split > 0 and (c.data_type == "uint16" or c.my_pile_version == 2),
+         f"val_split={c.val_split}: a list of data sets (my_pile_version=2) or rows (data_type=uint16) have no end to "
+         "hold out; use val_split=0"),
         (c.my_qa_mask > 0 and (c.data_type != "binidx" or not c.qa_pile_file),
          f"my_qa_mask={c.my_qa_mask}: mixes two binidx data sets; give data_type='binidx' and the second one as "
          f"qa_pile_file (now {c.qa_pile_file!r})"),
