@@ -12,12 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_OPTIONS = {  # key of the field in a checkpoint -> field
-    r"ffnPre\.": "pre_ffn",
-    r"^head_[qk]\.": "head_qk",
-    r"tiny_": "tiny_att_dim",
-    r"pos_emb_[xy]": "my_pos_emb",
-}
+VARIANTS = {"": "", "x052": "", "g": "g", "x052g": "g"}  # my_testing -> what it changes: "g" is MishGLU
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,7 @@ class ModelConfig:
     tiny_att_dim: int = 0
     tiny_att_layer: int = -999
     my_pos_emb: int = 0
+    my_testing: str = ""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "head_size_a", "head_size_divisor"):
@@ -69,9 +65,38 @@ class ModelConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"ModelConfig: dropout = {self.dropout} must be at least 0 and below 1")
+        self._check_options()
+
+    def _check_options(self) -> None:
         for name in ("pre_ffn", "head_qk", "tiny_att_dim", "my_pos_emb"):
-            if getattr(self, name) > 0:
-                raise ValueError(f"ModelConfig: {name} = {getattr(self, name)} is not supported; set {name} = 0")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"ModelConfig: {name} = {value!r} must be a whole number; 0 means without it")
+        if self.my_testing not in VARIANTS:
+            raise ValueError(
+                f"ModelConfig: my_testing = {self.my_testing!r} is none of {', '.join(map(repr, VARIANTS))}: only "
+                "RWKV-5.2 is built here, and with 'g' its MishGLU variant"
+            )
+        object.__setattr__(self, "my_testing", VARIANTS[self.my_testing])
+        object.__setattr__(self, "pre_ffn", min(1, self.pre_ffn))
+        if self.pre_ffn and self.n_layer == 1:
+            raise ValueError(
+                "ModelConfig: pre_ffn = 1 takes the time mixing out of block 0, and with n_layer = 1 there is no other "
+                "block that could remember: set pre_ffn = 0, or n_layer = 2 or more"
+            )
+        if self.tiny_att_dim and not 0 <= self.tiny_att_layer < self.n_layer:
+            raise ValueError(
+                f"ModelConfig: tiny_att_dim = {self.tiny_att_dim} with tiny_att_layer = {self.tiny_att_layer}: name "
+                f"the block that has the tiny attention, 0 to {self.n_layer - 1}"
+            )
+        if not self.tiny_att_dim:
+            object.__setattr__(self, "tiny_att_layer", -999)
+        if self.my_pos_emb and self.my_pos_emb**2 != self.ctx_len + 1:
+            n = self.my_pos_emb
+            raise ValueError(
+                f"ModelConfig: my_pos_emb = {n} needs ctx_len = {n * n - 1} ({n} x {n} positions, the last without "
+                f"an input), not {self.ctx_len}: change one of them, or set my_pos_emb = 0"
+            )
 
     @property
     def n_head(self) -> int:
@@ -82,14 +107,22 @@ class ModelConfig:
     def n_params(self) -> int:
         """The number of trainable numbers."""
         L, D, A, F = self.n_layer, self.n_embd, self.dim_att, self.dim_ffn
-        block = 5 * A * D + 2 * D * F + D * D + 10 * D + 4 * A
-        return 2 * self.vocab_size * D + 4 * D + L * block
+        norms, time_mix, channel_mix = 4 * D, 5 * A * D + 4 * D + 4 * A, 2 * D * F + D * D + 2 * D
+        ffn = 3 * D * F + 2 * D if self.my_testing == "g" else channel_mix
+        n = 2 * self.vocab_size * D + 4 * D + L * (norms + time_mix + ffn)
+        if self.pre_ffn:
+            n += channel_mix - time_mix
+        if self.tiny_att_dim:
+            n += 2 * D + 2 * self.tiny_att_dim * D + D * D
+        return n + 2 * self.my_pos_emb * D + 2 * self.head_qk * D
 
     @classmethod
     def from_state_dict(
-        cls, weights: Mapping, *, ctx_len: int = 1024, head_size_divisor: int = 8, dropout: float = 0.0
+        cls, weights: Mapping, *, ctx_len: int | None = None, head_size_divisor: int = 8, dropout: float = 0.0
     ) -> ModelConfig:
-        """Read every size from the shapes of an RWKV-5.2 checkpoint. What a file does not tell can be given.
+        """Read every size and option from the shapes of an RWKV-5.2 checkpoint. What a file does not tell can be given.
+
+        ctx_len is told by a position embedding or by the mask of head_qk or tiny attention; else it is 1024.
 
         Raises:
             ValueError: not a checkpoint of RWKV-5.2 (another version is named), or a needed key is missing.
@@ -100,12 +133,16 @@ class ModelConfig:
                 f"these are weights of RWKV-{version}; this model is RWKV-5.2 (Eagle, file names with v5 "
                 "r2 or 'RWKV-5-World'): choose such a checkpoint"
             )
-        for key in weights:
-            for pattern, field in _OPTIONS.items():
-                if re.search(pattern, key):
-                    raise ValueError(f"the checkpoint has {key!r}: it was trained with {field}, which is not supported")
         layers = [int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if m]
-        (V, D), (H, N) = _matrix(weights, "emb.weight"), _matrix(weights, "blocks.0.att.time_decay")
+        V, D = _matrix(weights, "emb.weight")
+        pre_ffn = any(key.startswith("blocks.0.ffnPre.") for key in weights)
+        H, N = _matrix(weights, f"blocks.{1 if pre_ffn else 0}.att.time_decay")
+        my_testing = "g" if "blocks.0.ffn.aa.weight" in weights else ""
+        tiny = [int(key.split(".")[1]) for key in weights if key.endswith(".tiny_q.weight")]
+        n = weights["blocks.0.pos_emb_x"].shape[1] if "blocks.0.pos_emb_x" in weights else 0
+        if ctx_len is None:
+            masks = [x.shape[0] for key, x in weights.items() if key == "copy_mask" or key.endswith(".tiny_mask")]
+            ctx_len = n * n - 1 if n else masks[0] if masks else 1024
         return cls(
             n_layer=max(layers) + 1,
             n_embd=D,
@@ -114,8 +151,14 @@ class ModelConfig:
             head_size_a=N,
             head_size_divisor=head_size_divisor,
             dim_att=H * N,
-            dim_ffn=_matrix(weights, "blocks.0.ffn.key.weight")[0],
+            dim_ffn=_matrix(weights, "blocks.0.ffn.aa.weight" if my_testing else "blocks.0.ffn.key.weight")[0],
             dropout=dropout,
+            pre_ffn=int(pre_ffn),
+            head_qk=_matrix(weights, "head_q.weight")[0] if "head_q.weight" in weights else 0,
+            tiny_att_dim=_matrix(weights, f"blocks.{tiny[0]}.tiny_q.weight")[0] if tiny else 0,
+            tiny_att_layer=tiny[0] if tiny else -999,
+            my_pos_emb=n,
+            my_testing=my_testing,
         )
 
 

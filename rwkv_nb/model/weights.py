@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .initialization import parameter_shapes
+from .initialization import is_mask, parameter_shapes
 
 # What torch.load raises for files that are cut, foreign, or hold more than tensors.
 _LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError)
@@ -42,19 +42,21 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     """Compare names and shapes with what the configuration needs.
 
+    Masks may be missing or of another ctx_len: the model makes its own.
+
     Raises:
         ValueError: names the missing keys, the foreign keys or the first wrong shape.
     """
     shapes = parameter_shapes(config)
     problems = []
     for label, keys in (
-        ("missing", [k for k in shapes if k not in weights]),
+        ("missing", [k for k in shapes if k not in weights and not is_mask(k)]),
         ("unknown", [k for k in weights if k not in shapes]),
     ):
         if keys:
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             problems.append(f"{label} keys: {', '.join(keys[:4])}{more}")
-    wrong = [k for k in shapes if k in weights and tuple(weights[k].shape) != shapes[k]]
+    wrong = [k for k in shapes if k in weights and not is_mask(k) and tuple(weights[k].shape) != shapes[k]]
     if wrong:
         k = wrong[0]
         sizes = f"n_layer = {config.n_layer}, n_embd = {config.n_embd}, vocab_size = {config.vocab_size}"
