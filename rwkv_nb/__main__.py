@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module with main(argv), what it does)
     "doctor": ("rwkv_nb.teaching.doctor", "check this machine: packages, devices, memory, Jupyter"),
     "build_data": ("rwkv_nb.data.corpus", "build the course's own data from the files in data/"),
     "make_data": ("rwkv_nb.data.make_data", "turn a .jsonl file into tokens: IN.jsonl N_EPOCH CTX_LEN"),
+    "train": ("rwkv_nb.training.cli", "train a model with the flags of the official train.py"),
     "magic_prime": ("rwkv_nb.data.magic_prime", "print the prime of a data set: PREFIX CTX_LEN"),
 }
 

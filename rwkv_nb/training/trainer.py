@@ -23,6 +23,7 @@ from rwkv_nb.model.rwkv import RWKV, check_weights
 from rwkv_nb.training.checkpoint import CheckpointError, save_checkpoint, starting_checkpoint
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.interrupts import quiet, stop_on_interrupt
+from rwkv_nb.training.loggers import Metrics, run_loggers
 from rwkv_nb.training.machine import PRECISION, fast_bf16, keep_freed_memory, tf32_products
 from rwkv_nb.training.measure import evaluate, measure_tokens_per_second
 from rwkv_nb.training.module import LitRWKV
@@ -80,8 +81,10 @@ def train(
     extra: list[pl.Callback] = [RunBook(cfg)]
     if max_seconds is not None:
         extra.append(Monitor(every_seconds=None, max_seconds=max_seconds))
-    if progress:
+    if progress and cfg.enable_progress_bar:
         extra.append(ProgressBar())
+    if cfg.logger != "none" or cfg.wandb:
+        extra.append(Metrics(cfg))
     with quiet(), tf32_products(cfg.precision != "fp32"):
         trainer = _trainer(cfg, [*callbacks, *extra])
         if own_data and trainer.world_size > 1:
@@ -98,7 +101,6 @@ def _refuse(cfg: TrainConfig) -> None:
     refused = [
         (cfg.my_qa_mask == 1, "my_qa_mask=1: a masked loss is not built; use 0 or 2"),
         (cfg.grad_cp > 0, f"grad_cp={cfg.grad_cp}: activations are not recomputed here; use 0 and a smaller micro_bsz"),
-        (cfg.wandb != "", f"wandb={cfg.wandb!r}: only train_log.txt is written; leave it empty"),
         (cfg.my_pile_stage == 1 and cfg.load_model not in ("", "0"),
          f"load_model={cfg.load_model!r}: stage 1 builds new weights and does not grow others; leave it empty"),
     ]  # fmt: skip
@@ -159,7 +161,7 @@ def _trainer(cfg: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,  # the dataset divides the samples among ranks
         num_sanity_val_steps=0,
-        logger=False,
+        logger=run_loggers(cfg) or False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

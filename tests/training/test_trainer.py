@@ -231,7 +231,6 @@ def test_progress_shows_data_notes_and_a_bar(cfg, capfd):
     [
         ({"my_pile_stage": 1, "load_model": "x.pth", "magic_prime": 71}, "load_model='x.pth'"),
         ({"grad_cp": 1}, "grad_cp=1"),
-        ({"wandb": "project"}, "wandb='project'"),
         ({"head_qk": 8}, "head_qk"),
         ({"vocab_size": 3}, "vocab_size=3"),
         ({"precision": "int4"}, "precision='int4'"),
