@@ -1,7 +1,7 @@
 """Weights to files and back: the official .pth format, and which file of a project folder is the newest.
 
 It is: a flat dictionary of official names and tensors in one dtype, written whole or not at all, read without running
-anything that a file may contain. It is not: the state of the optimizer.
+anything that a file may contain (files.py). It is not: the state of the optimizer (trainer_state.py).
 
 Names in a project folder: rwkv-init.pth (epoch -1), rwkv-N.pth (after mini-epoch N), rwkv-final.pth (the end of a run,
 never resumed from); everything else is left alone.
@@ -11,15 +11,15 @@ Source: RWKV-LM `RWKV-v5/train.py` and `src/trainer.py`, which this repairs (ato
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from rwkv_nb.training.files import CheckpointError, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from rwkv_nb.training.config import TrainConfig
@@ -29,34 +29,20 @@ INIT_EPOCH = -1
 _PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")  # of DeepSpeed, torch.compile, DDP, Lightning
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names the file and the remedy."""
-
-
 def save_checkpoint(
     model: torch.nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike, dtype: str = "bf16"
 ) -> Path:
     """Write the weights to `path` as the official trainer does, all in one dtype: "bf16", "fp16" or "fp32".
 
     The file appears under its name only when it is complete and on the disk: a full disk or a killed process leaves the
-    earlier file as it was. Raises ValueError for another dtype, and OSError as the system gives it.
+    earlier file as it was. Raises ValueError for another dtype, and OSError as the system gives it; where the
+    disk is full, with the room that the file needs.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
     weights = model.state_dict() if isinstance(model, torch.nn.Module) else model
     flat = {strip_prefix(name): _stored(tensor, DTYPES[dtype]) for name, tensor in weights.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(flat, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_tensors(flat, path)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -67,20 +53,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pth file, or build one with stage 1")
-    file = open(path, "rb")  # noqa: SIM115  outside of the try below: a file that may not be opened is not damaged
-    try:
-        with file:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, because it is damaged or contains more than tensors, possibly code that would run on "
-            f"loading; download or save it again, from a source that you trust ({_first_line(error)})"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(
-            f"{path}: damaged or cut short ({path.stat().st_size} bytes); use an earlier checkpoint or download it "
-            f"again ({_first_line(error)})"
-        ) from error
+    loaded = read_tensors(path)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not names with tensors; it is no model")
     foreign = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
@@ -161,8 +134,3 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor as the file holds it; a view is copied, because torch.save writes all the memory behind a tensor."""
     tensor = tensor.detach().to("cpu", dtype).contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:150]}" if lines else type(error).__name__
