@@ -200,6 +200,11 @@ class TrainConfig:
             notes.append("neither my_exit_tokens nor my_exit is given: training goes on until it is interrupted")
         if self.n_layer == 1:
             notes.append("n_layer=1 trains, but the `rwkv` package cannot load such a checkpoint: use 2 or more")
+        options = [n for n in ("pre_ffn", "head_qk", "tiny_att_dim", "my_pos_emb") if getattr(self, n) > 0]
+        options += ["my_testing"] * ("g" in self.my_testing)
+        if options:
+            notes.append(f"{', '.join(options)}: only this package and the official trainer know such a model; others, "
+                         "the `rwkv` package among them, stop at its file or run it wrongly without a word")
         return notes
 
     def problems(self) -> list[str]:

@@ -7,8 +7,10 @@ Imports no torch, so that checks cost nothing.
 from __future__ import annotations
 
 import difflib
+import os
 from typing import TYPE_CHECKING
 
+from rwkv_nb.model.config import VARIANTS
 from rwkv_nb.training.config import (
     DATA_TYPES,
     LOGGERS,
@@ -34,7 +36,8 @@ PRIME_COMMAND = "python -m rwkv_nb magic_prime DATA_FILE CTX_LEN"
 
 def broken_rules(c: TrainConfig) -> list[str]:
     """The message of every rule that the flags break."""
-    return [text for bad, text in (*_choices(c), *_ranges(c), *_sizes(c), *_schedule(c), *_others(c)) if bad]
+    groups = (_choices, _ranges, _sizes, _options, _schedule, _others)
+    return [text for rules in groups for bad, text in rules(c) if bad]
 
 
 def did_you_mean(word: str, known: object) -> str:
@@ -46,7 +49,7 @@ def did_you_mean(word: str, known: object) -> str:
 def _choices(c: TrainConfig) -> list[tuple[bool, str]]:
     allowed = {"data_type": DATA_TYPES, "precision": PRECISIONS, "recipe": RECIPES, "logger": LOGGERS,
                "resume": RESUMES, "accelerator": ACCELERATORS, "my_pile_stage": range(5), "my_pile_version": (1, 2),
-               "my_qa_mask": (0, 1, 2), "load_partial": (0, 1)}  # fmt: skip
+               "my_qa_mask": (0, 1, 2), "load_partial": (0, 1), "grad_cp": (0, 1)}  # fmt: skip
     rules = [
         (getattr(c, name) not in values, f"{name}={getattr(c, name)!r}: use one of {', '.join(map(str, values))}")
         for name, values in allowed.items()
@@ -61,7 +64,8 @@ def _ranges(c: TrainConfig) -> list[tuple[bool, str]]:
                 "n_embd": 32, "head_size_a": 1, "head_size_divisor": 1, "epoch_steps": 1, "epoch_count": 0,
                 "epoch_begin": 0, "epoch_save": 0, "my_pile_edecay": 0, "my_random_steps": 0, "vocab_size": 0,
                 "magic_prime": 0, "lr_init": 0, "lr_final": 0, "weight_decay": 0, "ds_bucket_mb": 1,
-                "save_minutes": 0, "save_steps": 0, "val_every": 0}  # fmt: skip
+                "save_minutes": 0, "save_steps": 0, "val_every": 0, "pre_ffn": 0, "head_qk": 0, "tiny_att_dim": 0,
+                "my_pos_emb": 0}  # fmt: skip
     rules = [(getattr(c, n) < low, f"{n}={getattr(c, n)}: must be at least {low}") for n, low in at_least.items()]
     below_one = ("beta1", "beta2", "dropout", "val_split")
     rules += [(not 0 <= getattr(c, n) < 1, f"{n}={getattr(c, n)}: must be in [0, 1)") for n in below_one]
@@ -87,6 +91,26 @@ def _sizes(c: TrainConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def _options(c: TrainConfig) -> list[tuple[bool, str]]:
+    n, init = c.my_pos_emb, os.path.join(c.proj_dir, "rwkv-init.pth")
+    return [
+        (c.my_testing not in VARIANTS,
+         f"my_testing={c.my_testing!r}: only RWKV-5.2 is built here (empty or 'x052'), and its variant with MishGLU "
+         "('g' or 'x052g')"),
+        (c.pre_ffn > 0 and c.n_layer == 1,
+         f"pre_ffn={c.pre_ffn}: takes the time mixing out of block 0, and with n_layer=1 no other block remembers; use "
+         "n_layer=2 or more, or pre_ffn=0"),
+        (c.tiny_att_dim > 0 and not 0 <= c.tiny_att_layer < c.n_layer,
+         f"tiny_att_layer={c.tiny_att_layer}: tiny_att_dim={c.tiny_att_dim} needs the block that has the attention, "
+         f"0 to {c.n_layer - 1}"),
+        (n > 0 and n * n != c.ctx_len + 1,
+         f"my_pos_emb={n}: has {n} x {n} positions, the last without an input; use ctx_len={n * n - 1} (now "
+         f"{c.ctx_len}), or my_pos_emb=0"),
+        (c.my_pile_stage == 1 and os.path.abspath(c.load_model) == os.path.abspath(init),
+         f"load_model={c.load_model!r}: stage 1 would write the grown model over it; use another proj_dir"),
+    ]
+
+
 def _schedule(c: TrainConfig) -> list[tuple[bool, str]]:
     return [
         (c.my_pile_stage in (2, 3) and c.magic_prime == 0,
@@ -106,7 +130,6 @@ def _schedule(c: TrainConfig) -> list[tuple[bool, str]]:
 def _others(c: TrainConfig) -> list[tuple[bool, str]]:
     cpu, one = c.accelerator == "cpu", c.devices * c.num_nodes == 1
     return [
-        (c.my_testing not in ("", "x052"), f"my_testing={c.my_testing!r}: only RWKV-5.2 is built here; leave it empty"),
         (not c.proj_dir, "proj_dir='': name a folder for checkpoints and the log"),
         (c.data_type == "uint16" and c.my_sample_len < 2,
          f"my_sample_len={c.my_sample_len}: data_type=uint16 needs the length of its rows, at least 2"),
