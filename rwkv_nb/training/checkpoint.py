@@ -99,14 +99,21 @@ def newest_checkpoint(proj_dir: str | os.PathLike) -> tuple[int, Path]:
 def init_checkpoint(cfg: TrainConfig) -> Path:
     """Build official initial weights and write proj_dir/rwkv-init.pth, in the dtype of `cfg.precision` (stage 1).
 
-    `cfg.vocab_size` must be known; `cfg.random_seed`, if not negative, makes the weights repeatable.
+    With `cfg.load_model` they are grown from that model. `cfg.vocab_size` must be known; `cfg.random_seed`, if not
+    negative, makes the weights repeatable.
     """
     if cfg.vocab_size <= 0:
         raise ValueError("vocab_size=0: the size of the vocabulary must be known to build weights; 65536 for World")
+    from rwkv_nb.model.growing import grow
     from rwkv_nb.model.initialization import init_weights
 
     seed = cfg.random_seed if cfg.random_seed >= 0 else None
     weights = init_weights(cfg.model_config(), seed=seed, recipe=cfg.recipe, lr_init=cfg.lr_init)
+    if cfg.load_model not in ("", "0"):
+        try:
+            weights = grow(weights, load_checkpoint(cfg.load_model))
+        except ValueError as error:
+            raise CheckpointError(f"{cfg.load_model}: {error}") from error
     return save_checkpoint(weights, Path(cfg.proj_dir) / "rwkv-init.pth", cfg.precision)
 
 
@@ -115,8 +122,9 @@ def starting_checkpoint(cfg: TrainConfig) -> tuple[int, Path, dict[str, torch.Te
 
     `cfg.load_model` if given ("0" counts as not given, as in the official script); else in stages 2 to 4 the newest
     readable checkpoint of proj_dir, where a damaged one is named in a warning and passed over; else new, initial ones.
+    Stage 1 always makes new ones, grown from `cfg.load_model` if that is given.
     """
-    if cfg.load_model not in ("", "0"):
+    if cfg.load_model not in ("", "0") and cfg.my_pile_stage != 1:
         return cfg.epoch_begin - 1, Path(cfg.load_model), load_checkpoint(cfg.load_model)
     if cfg.my_pile_stage < 2:
         path = init_checkpoint(cfg)
