@@ -11,33 +11,47 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from rwkv_nb.data.dataset import TokenDataset
 from rwkv_nb.model.rwkv import RWKV, l2wrap_cross_entropy
 from rwkv_nb.training.config import TrainConfig
-from rwkv_nb.training.optimizer import build_optimizer, set_rates
+from rwkv_nb.training.optimizer import set_rates
 from rwkv_nb.training.schedule import learning_rate, weight_decay
+from rwkv_nb.training.strategies import clip_gradients, make_optimizer, same_start
+from rwkv_nb.training.validation import masked_cross_entropy, token_losses
 
 
 class LitRWKV(pl.LightningModule):
-    """An RWKV, its data and its schedule as Lightning wants them; `last_loss` and `last_lr` are the last step's."""
+    """An RWKV, its data and its schedule as Lightning wants them; `last_loss` and `last_lr` are the last step's.
+
+    `last_val_loss`: None until a Validation has measured it.
+    """
 
     def __init__(self, model: RWKV, cfg: TrainConfig, dataset: TokenDataset) -> None:
         super().__init__()
         self.model, self.cfg, self.dataset = model, cfg, dataset
+        self.done: dict[int, int] = {}  # mini-epoch -> its batches that an earlier run has already trained on
         self.last_loss = torch.tensor(float("nan"))
         self.last_lr = learning_rate(0, cfg)
+        self.last_val_loss: float | None = None
+
+    def setup(self, stage: str) -> None:
+        same_start(self.trainer.strategy, self.model)
 
     def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        idx, targets = batch  # (B, T) each
+        idx, targets, *mask = batch  # (B, T) each; a mask only with my_qa_mask 1
         logits, _ = self.model(idx)  # (B, T, V)
-        loss = l2wrap_cross_entropy(logits, targets)
+        loss = masked_cross_entropy(logits, targets, *mask) if mask else l2wrap_cross_entropy(logits, targets)
         self.last_loss = loss.detach()
         return loss
 
+    def validation_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        idx, targets = batch  # (B, T) each
+        return token_losses(self.model(idx)[0], targets)  # (B, T)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.cfg)
+        return make_optimizer(self.trainer.strategy, self.model, self.cfg)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
@@ -48,14 +62,18 @@ class LitRWKV(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # Lightning's own refuses fused optimizers under autocast, though without a loss scale they need no care
-        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        clip_gradients(self.trainer.strategy, self, gradient_clip_val)
 
     def train_dataloader(self) -> DataLoader:
         # called before each mini-epoch: the dataset knows which one before an iterator, or a worker, is made from it
         ours, its = (self.trainer.global_rank, self.trainer.world_size), (self.dataset.rank, self.dataset.world_size)
         if ours != its:
             raise ValueError(f"dataset: made for (rank, world_size) = {its}, but this process is {ours}")
-        self.dataset.set_epoch(self.cfg.epoch_begin + self.trainer.current_epoch - self.dataset.config.epoch_begin)
+        epoch = self.cfg.epoch_begin + self.trainer.current_epoch
+        self.dataset.set_epoch(epoch - self.dataset.config.epoch_begin)
+        first = self.done.get(epoch, 0) * self.cfg.micro_bsz
+        rest = self.dataset if first == 0 else Subset(self.dataset, range(first, len(self.dataset)))
         return DataLoader(
-            self.dataset, batch_size=self.cfg.micro_bsz, drop_last=True, pin_memory=self.device.type == "cuda"
-        )
+            rest, batch_size=self.cfg.micro_bsz, drop_last=True, pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else each iterator draws from the generator that dropout uses
+        )  # fmt: skip

@@ -1,0 +1,91 @@
+"""What Lightning's strategies ask of the code around them: equal weights at the start, true clipping, whole weights.
+
+    auto, ddp          every process holds the whole model; nothing special is needed
+    fsdp               parameters, gradients and Adam's state are cut into one piece a process
+    deepspeed_stage_N  N = 1 cuts Adam's state, 2 the gradients too, 3 the parameters too; _offload keeps pieces in RAM
+
+It is: the few calls in which they differ. It is not: an engine; Lightning, torch and DeepSpeed do the work.
+`fsdp` and `deepspeed_*` need a GPU (torch's FSDP refuses a machine without one), `ddp` runs anywhere.
+Source: RWKV-LM `RWKV-v5/train.py` (bucket sizes), `src/model.py` (DeepSpeedCPUAdam), `src/trainer.py` (saving).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+
+from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.optimizer import build_optimizer, param_groups
+
+
+def set_buckets(strategy: Strategy, cfg: TrainConfig) -> None:
+    """Tell DeepSpeed, if it is used, how many numbers to send at once: `ds_bucket_mb` millions."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        zero = strategy.config.setdefault("zero_optimization", {})
+        zero["allgather_bucket_size"] = zero["reduce_bucket_size"] = cfg.ds_bucket_mb * 1_000_000
+
+
+def cuts_parameters(strategy: Strategy) -> bool:
+    """Whether no process holds the whole model during the run."""
+    return isinstance(strategy, FSDPStrategy) or _zero_stage(strategy) == 3
+
+
+def same_start(strategy: Strategy, model: torch.nn.Module) -> None:
+    """Give every process the weights of process 0, tensor by tensor; to be called before the strategy wraps the model.
+
+    Without a seed each process draws weights of its own. DDP and DeepSpeed repair that themselves, FSDP would put one
+    model together from pieces of different ones.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            there = tensor.detach().to(strategy.root_device)
+            torch.distributed.broadcast(there, src=0)
+            tensor.copy_(there)
+
+
+def make_optimizer(strategy: Strategy, model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """`build_optimizer`, or DeepSpeed's Adam for processors where ZeRO keeps Adam's state in RAM."""
+    zero = strategy.config.get("zero_optimization", {}) if isinstance(strategy, DeepSpeedStrategy) else {}
+    if zero.get("offload_optimizer"):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use
+
+        return DeepSpeedCPUAdam(
+            param_groups(model, cfg), lr=cfg.lr_init, betas=cfg.betas, eps=cfg.adam_eps,
+            adamw_mode=cfg.weight_decay > 0, weight_decay=0.0,
+        )  # fmt: skip
+    return build_optimizer(model, cfg)
+
+
+def clip_gradients(strategy: Strategy, module: torch.nn.Module, max_norm: float | None) -> None:
+    """Scale all gradients together down to a norm of max_norm, if theirs is larger; None or 0: leave them."""
+    if not max_norm or isinstance(strategy, DeepSpeedStrategy):  # DeepSpeed clips in its own step
+        return
+    if isinstance(strategy, FSDPStrategy):  # each process sees a piece: the wrapper adds the squares of all
+        strategy.model.clip_grad_norm_(max_norm)
+    else:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+
+
+def full_weights(strategy: Strategy, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> whole tensor. Where parameters are cut, every process must call this, and only process 0 gets them."""
+    if isinstance(strategy, FSDPStrategy):
+        return strategy.lightning_module_state_dict()
+    if _zero_stage(strategy) == 3:
+        import deepspeed
+
+        weights = {}
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if strategy.is_global_zero:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        return weights
+    return model.state_dict()
+
+
+def _zero_stage(strategy: Any) -> int:
+    config = strategy.config if isinstance(strategy, DeepSpeedStrategy) else {}
+    return config.get("zero_optimization", {}).get("stage", 0)
