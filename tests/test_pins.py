@@ -52,7 +52,7 @@ def test_torch_is_the_version_the_course_names():
 def test_the_extras_that_the_readme_names_exist():
     extras = PROJECT["optional-dependencies"]
     assert {"test", "gpu", "docs"} <= set(extras)
-    assert {Requirement(text).name for text in extras["gpu"]} == {"deepspeed", "ninja", "wandb"}
+    assert {Requirement(text).name for text in extras["gpu"]} == {"deepspeed", "ninja", "tensorboard", "wandb"}
 
 
 def test_conda_installs_the_same_set():

@@ -63,6 +63,16 @@ def check_packages() -> Iterator[Finding]:
             yield Finding(requirement.name, "fail", f"{found} is not {requirement.specifier}", f"pip install '{text}'")
 
 
+def check_extras() -> Iterator[Finding]:
+    """Packages that only some runs ask for, by a flag of `train`."""
+    for package, flag in (("deepspeed", "--strategy deepspeed_…"), ("tensorboard", "--logger tensorboard"),
+                          ("wandb", "--wandb NAME")):  # fmt: skip
+        try:
+            yield Finding(package, "ok", f"{version(package)}, for {flag}")
+        except PackageNotFoundError:
+            yield Finding(package, "absent", f"not installed; only for {flag}", "optional; pip install -e '.[gpu]'")
+
+
 def check_torch() -> Iterator[Finding]:
     """What torch computes on, and whether bfloat16 products are quick on this processor."""
     if importlib.util.find_spec("torch") is None:
@@ -179,6 +189,7 @@ def examine(folder: str | Path = ".") -> list[Finding]:
     return [
         check_python(),
         *check_packages(),
+        *check_extras(),
         *check_torch(),
         *check_compilers(),
         *check_machine(Path(folder)),

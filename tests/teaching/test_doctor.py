@@ -50,6 +50,19 @@ def test_a_missing_package_is_named(monkeypatch):
     assert len(findings) >= 10 and {f.detail for f in findings} == {"not installed"}
 
 
+def test_optional_packages_are_no_failure(monkeypatch):
+    def only_wandb(name):
+        if name != "wandb":
+            raise doctor.PackageNotFoundError(name)
+        return "9.8.7"
+
+    monkeypatch.setattr(doctor, "version", only_wandb)
+    lines = {f.part: str(f) for f in doctor.check_extras()}
+    assert lines["wandb"].startswith("[OK]") and "9.8.7, for --wandb" in lines["wandb"]
+    for name in ("deepspeed", "tensorboard"):
+        assert lines[name].startswith("[--]") and "pip install -e '.[gpu]'" in lines[name]
+
+
 @pytest.mark.parametrize(("info", "status"), [((3, 10), "fail"), ((3, 11), "ok"), ((3, 13), "ok"), ((3, 14), "fail")])
 def test_python_range(monkeypatch, info, status):
     monkeypatch.setattr(doctor.sys, "version_info", (*info, 0))
