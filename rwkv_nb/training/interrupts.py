@@ -1,6 +1,6 @@
-"""What surrounds a run: Lightning kept quiet, and interrupts that end it after the step at hand.
+"""What surrounds a run: Lightning kept quiet, and Ctrl-C and SIGTERM, which end it after the step at hand.
 
-It is: two context managers. It is not: the run itself (trainer.py).
+It is: two context managers. It is not: the run itself (trainer.py), nor what is saved at its end (runbook.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
-
-import pytorch_lightning as pl
 
 
 @contextlib.contextmanager
@@ -32,20 +30,54 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that ended early because it was asked to, with everything saved. `exit_code`: 130 Ctrl-C, 143 SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.exit_code = number, 128 + number
+        super().__init__(f"{signal.Signals(number).name}: the run has stopped after a step, and its files are saved")
+
+
+class Stop:
+    """Whether this process was asked to end; RunBook obeys at the end of a step. `number`: of the signal, or None."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def take_over(self) -> None:
+        """Be the one who hears Ctrl-C and SIGTERM (again: Lightning puts a handler of its own before ours)."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals are the main thread's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            now = signal.getsignal(number)
+            self._before.setdefault(number, signal.SIG_DFL if now is None else now)
+            signal.signal(number, self._ask)
+
+    def give_back(self) -> None:
+        """Put the earlier handlers in place."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.number = number
+        signal.signal(number, self._before[number])  # the next one of its kind is immediate
+
+
 @contextlib.contextmanager
-def stop_on_interrupt(trainer: pl.Trainer) -> Iterator[None]:
-    """Within: the first interrupt asks the run to end after its step, a second one is an ordinary KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = signal.getsignal(signal.SIGINT)
+def stop_on_interrupt() -> Iterator[Stop]:
+    """Within: the first Ctrl-C or SIGTERM asks the run to end after its step, a second one acts as it would without us.
 
-    def ask(number: int, frame: Any) -> None:
-        trainer.should_stop = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, ask)
+    Lightning answers KeyboardInterrupt by leaving the program; here it stays a KeyboardInterrupt.
+    """
+    stop = Stop()
+    stop.take_over()
     try:
-        yield
+        yield stop
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        stop.give_back()

@@ -133,7 +133,10 @@ class ProgressBar(pl.Callback):
         cfg = pl_module.cfg
         left = abs(cfg.my_exit_tokens) - real_tokens(0, cfg)
         total = -(-left // cfg.tokens_per_step) if cfg.my_exit_tokens else None
-        self._bar = tqdm(total=total, unit="step", disable=not trainer.is_global_zero, mininterval=self.every_seconds)
+        self._bar = tqdm(
+            total=total, initial=trainer.global_step, unit="step", disable=not trainer.is_global_zero,
+            mininterval=self.every_seconds,
+        )  # fmt: skip
         self._last = time.perf_counter()
 
     def on_train_batch_end(

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
 from rwkv_nb.model.initialization import init_weights
@@ -138,6 +139,19 @@ def prune_states(proj_dir: str | os.PathLike, written: set[Path], start: Positio
     for path in old[:-KEEP]:
         path.unlink(missing_ok=True)
     return aside
+
+
+def set_progress(trainer: pl.Trainer, since_start: int, step: int) -> None:
+    """Tell a Trainer that has not begun yet that it has done so many mini-epochs and optimizer steps."""
+    loop = trainer.fit_loop
+    steps = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
+        progress.ready = progress.started = progress.processed = progress.completed = since_start
+    steps.total.ready = steps.total.completed = step
+    loop.epoch_loop._batches_that_stepped = step  # what Lightning's loggers take for the step
+    if (trainer.current_epoch, trainer.global_step) != (since_start, step):
+        raise RuntimeError(f"Lightning {pl.__version__} counts in another way; use resume=weights, or the version in "
+                           "constraints.txt")  # fmt: skip
 
 
 def _position(epoch: int, batch: int | None, epoch_steps: int) -> Position:

@@ -8,6 +8,7 @@ Source: RWKV-LM `RWKV-v5/train.py` and `src/trainer.py`.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,25 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
-from rwkv_nb.model.initialization import init_weights
-from rwkv_nb.model.rwkv import RWKV, check_weights
-from rwkv_nb.training.checkpoint import CheckpointError, save_checkpoint, starting_checkpoint
+from rwkv_nb.data.sources import Source
+from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.training.checkpoint import save_checkpoint
 from rwkv_nb.training.config import TrainConfig
-from rwkv_nb.training.interrupts import quiet, stop_on_interrupt
+from rwkv_nb.training.files import remove_orphans
+from rwkv_nb.training.interrupts import Interrupted, quiet, stop_on_interrupt
 from rwkv_nb.training.loggers import Metrics, run_loggers
 from rwkv_nb.training.machine import PRECISION, fast_bf16, keep_freed_memory, tf32_products
 from rwkv_nb.training.measure import evaluate, measure_tokens_per_second
 from rwkv_nb.training.module import LitRWKV
 from rwkv_nb.training.monitor import Monitor, ProgressBar, Record
+from rwkv_nb.training.resume import Start, complete, find_start, set_progress
 from rwkv_nb.training.runbook import RunBook
 from rwkv_nb.training.schedule import exit_reached
+from rwkv_nb.training.strategies import set_buckets
+from rwkv_nb.training.validation import Validation
 
 __all__ = [
     "LitRWKV", "Monitor", "ProgressBar", "Record", "RunBook",
@@ -46,14 +52,16 @@ def train(
     callbacks: Sequence[pl.Callback] = (),
     max_seconds: float | None = None,
     progress: bool = True,
+    raise_interrupt: bool = False,
 ) -> RWKV:
     """Train as `cfg` says and return the model, on the CPU, in evaluation mode; its files are in `cfg.proj_dir`.
 
-    model: trained in place; None: starts from `starting_checkpoint(cfg)`, and a resumed run goes on with the mini-epoch
-    after it. dataset: None for the one that `cfg` describes. max_seconds: stop after this much training time. progress:
-    False prints nothing. Stage 1 only writes rwkv-init.pth, a run that is over only rwkv-final.pth. An interrupt
-    (Ctrl-C, or a notebook's stop button) ends the run after the step at hand, as a normal end. Raises ValueError before
-    anything is written if the run is impossible.
+    model: trained in place; None: starts as `resume.find_start(cfg)` says, in stages 2 to 4 where an earlier run of
+    this folder stopped. dataset: None for the one that `cfg` describes. max_seconds: stop after this much training
+    time. progress: False prints nothing. Stage 1 only writes rwkv-init.pth, a run that is over only rwkv-final.pth.
+    Ctrl-C, a notebook's stop button or SIGTERM end the run after the step at hand, everything saved: as a normal end,
+    or with raise_interrupt=True as `Interrupted`, a KeyboardInterrupt that knows the exit code; a second one is
+    immediate. Raises ValueError before anything is written if the run is impossible.
     """
     cfg.validate()
     _refuse(cfg)
@@ -66,72 +74,98 @@ def train(
         random.seed(cfg.random_seed)
         np.random.seed(cfg.random_seed % 2**32)
         torch.manual_seed(cfg.random_seed)
+    start = None
     if model is None:
-        model, cfg = _starting_model(cfg)
+        start = find_start(cfg, getattr(dataset, "n_tokens", 0))
+        cfg = start.cfg
+        model = RWKV(cfg.model_config(), {name: tensor.float() for name, tensor in start.weights.items()})
+        _tell(start, progress)
     if cfg.my_pile_stage == 1:
         return model.eval()
-    if exit_reached(0, cfg):
-        save_checkpoint(model, Path(cfg.proj_dir) / "rwkv-final.pth", cfg.precision)
+    step, epoch = (start.state.step, start.state.epoch) if start and start.state else (0, cfg.epoch_begin)
+    if exit_reached(step, cfg) or epoch > cfg.my_exit:
+        _only_finish(cfg, model, start)
         return model.eval()
-    if progress:
-        print("\n".join([dataset.describe(), *(f"note: {note}" for note in cfg.notes())]))
     if cfg.accelerator == "cpu":
         keep_freed_memory()
+    model.grad_cp = cfg.grad_cp == 1
 
-    extra: list[pl.Callback] = [RunBook(cfg)]
+    extra: list[pl.Callback] = []
+    if cfg.val_split > 0:
+        extra.insert(0, Validation(_held_out(dataset), cfg.ctx_len, cfg.micro_bsz, cfg.val_every))
     if max_seconds is not None:
         extra.append(Monitor(every_seconds=None, max_seconds=max_seconds))
     if progress and cfg.enable_progress_bar:
         extra.append(ProgressBar())
     if cfg.logger != "none" or cfg.wandb:
         extra.append(Metrics(cfg))
-    with quiet(), tf32_products(cfg.precision != "fp32"):
-        trainer = _trainer(cfg, [*callbacks, *extra])
+    with quiet(), tf32_products(cfg.precision != "fp32"), stop_on_interrupt() as stop:
+        trainer = _trainer(cfg, [*callbacks, *extra, RunBook(cfg, start, stop)])
         if own_data and trainer.world_size > 1:
             dataset = TokenDataset(
                 dataset.config, rank=trainer.global_rank, world_size=trainer.world_size, seed=max(0, cfg.random_seed)
             )
-        with stop_on_interrupt(trainer):
-            trainer.fit(LitRWKV(model.train(), cfg, dataset))
+        if progress and trainer.is_global_zero:
+            print("\n".join([dataset.describe(), *(f"note: {note}" for note in cfg.notes())]))
+        module = LitRWKV(model.train(), cfg, dataset)
+        if start is not None and start.state is not None:
+            set_progress(trainer, epoch - cfg.epoch_begin, step)
+            module.done[epoch] = start.state.batch
+        start = None  # RunBook lets go of it as soon as it is restored
+        trainer.fit(module)
+    if stop.number is not None:
+        interrupted = Interrupted(stop.number)
+        if raise_interrupt:
+            raise interrupted
+        if progress:
+            print(interrupted)
     return model.cpu().eval()
+
+
+def _tell(start: Start, progress: bool) -> None:
+    """What a user must know about the file that the run begins with: warnings, and where it goes on."""
+    *passed_over, last = start.notes or [""]
+    for note in [*passed_over, *([last] if start.state is None and last else [])]:
+        warnings.warn(note, stacklevel=3)
+    if progress and start.state is not None:
+        print(last)
+
+
+def _only_finish(cfg: TrainConfig, model: RWKV, start: Start | None) -> None:
+    """The files of a run that was over before it began."""
+    if rank_zero_only.rank != 0:
+        return
+    folder = Path(cfg.proj_dir)
+    remove_orphans(folder)
+    if start is not None and start.state is not None:
+        complete(start.state, start.path, folder, cfg.precision)
+    save_checkpoint(model, folder / "rwkv-final.pth", cfg.precision)
 
 
 def _refuse(cfg: TrainConfig) -> None:
     """Raise ValueError for flags that are known but that this trainer does not carry out."""
     refused = [
-        (cfg.my_qa_mask == 1, "my_qa_mask=1: a masked loss is not built; use 0 or 2"),
-        (cfg.grad_cp > 0, f"grad_cp={cfg.grad_cp}: activations are not recomputed here; use 0 and a smaller micro_bsz"),
-        (cfg.my_pile_stage == 1 and cfg.load_model not in ("", "0"),
-         f"load_model={cfg.load_model!r}: stage 1 builds new weights and does not grow others; leave it empty"),
     ]  # fmt: skip
     messages = [text for bad, text in refused if bad]
     if messages:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {text}" for text in messages))
 
 
+def _held_out(dataset: TokenDataset) -> Source:
+    """What Validation reads. Raises ValueError for a dataset that holds nothing out though the flag says so."""
+    if dataset.held_out is None:
+        raise ValueError("val_split: the dataset given holds nothing out; build it with the same val_split")
+    return dataset.held_out
+
+
 def _check_model(cfg: TrainConfig, model: RWKV | None) -> None:
     """Raise ValueError for sizes and options that no model has, or that `model` has not."""
     config = cfg.model_config()
-    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size_a", "head_size_divisor"):
+    sizes = ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size_a", "head_size_divisor")
+    for name in (*sizes, "pre_ffn", "head_qk", "tiny_att_dim", "tiny_att_layer", "my_pos_emb", "my_testing"):
         wanted, has = getattr(config, name), getattr(model.config if model is not None else config, name)
         if wanted != has:
             raise ValueError(f"{name}={wanted}: the model given has {has}; build it from cfg.model_config()")
-
-
-def _starting_model(cfg: TrainConfig) -> tuple[RWKV, TrainConfig]:
-    """The model to begin with, in float32, and `cfg` with the epoch_begin and warm-up that follow from its file."""
-    epoch, path, weights = starting_checkpoint(cfg)
-    config = cfg.model_config()
-    if cfg.load_partial == 1:
-        weights = {**init_weights(config, recipe=cfg.recipe, lr_init=cfg.lr_init), **weights}
-    try:
-        check_weights(config, weights)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; load_partial=1 would fill in what is missing") from error
-    changes: dict[str, Any] = {"epoch_begin": epoch + 1}
-    if cfg.my_pile_stage >= 2 and epoch >= 0 and cfg.warmup_steps < 0:
-        changes["warmup_steps"] = 10 if cfg.my_pile_stage == 2 else 30
-    return RWKV(config, {name: tensor.float() for name, tensor in weights.items()}), cfg.replace(**changes)
 
 
 def _vocab_size(cfg: TrainConfig, dataset: TokenDataset) -> int:
@@ -150,7 +184,7 @@ def _trainer(cfg: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
     how: dict[str, Any] = {"precision": precision}
     if cfg.accelerator == "cpu" and dtype is torch.float16:  # Lightning itself would fall back to bfloat16
         how = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         devices=cfg.devices,
         num_nodes=cfg.num_nodes,
@@ -168,3 +202,5 @@ def _trainer(cfg: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         callbacks=callbacks,
         **how,
     )
+    set_buckets(trainer.strategy, cfg)
+    return trainer

@@ -36,7 +36,8 @@ SAME_FLAGS = (
     "data_type", "vocab_size", "ctx_len", "magic_prime", "my_pile_version", "my_pile_stage", "my_pile_shift",
     "my_qa_mask", "my_random_steps", "my_sample_len", "random_seed", "micro_bsz", "devices", "num_nodes",
     "epoch_steps", "accumulate_grad_batches", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
-    "head_size_divisor", "pre_ffn", "head_qk", "tiny_att_dim", "tiny_att_layer", "my_pos_emb",
+    "head_size_divisor", "pre_ffn", "head_qk", "tiny_att_dim", "tiny_att_layer", "my_pos_emb", "my_testing",
+    "val_split",
 )  # fmt: skip
 UNSAID_FLAGS = ("load_model", "proj_dir", "epoch_begin", "warmup_steps", "resume", "wandb", "logger",
                 "enable_progress_bar", "save_state", "save_minutes", "save_steps")  # fmt: skip
@@ -84,7 +85,7 @@ class TrainerState:
         """Why a run of `cfg` on `n_tokens` tokens cannot go on from here; empty if it can."""
         now = cfg.flags()
         differ = [f"{name}={now[name]}, it was {self.flags[name]}" for name in SAME_FLAGS
-                  if name in self.flags and self.flags[name] != now[name]]  # fmt: skip
+                  if name in self.flags and name in now and self.flags[name] != now[name]]  # fmt: skip
         if n_tokens != self.n_tokens:
             differ.append(f"the data has {n_tokens} tokens, it had {self.n_tokens}")
         if len(self.ranks) != cfg.devices * cfg.num_nodes:
