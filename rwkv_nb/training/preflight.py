@@ -195,7 +195,8 @@ def _devices(cfg: TrainConfig, found: Findings) -> None:
         found.changes["strategy"] = "auto"
         found.notes.append(f"strategy: auto in place of {cfg.strategy}, the same training: {why}")
     elif on_cpu:
-        found.problems.append(f"strategy={cfg.strategy!r}: needs GPUs; on processors use --strategy ddp")
+        if cfg.accelerator == "auto":  # with "cpu" the flags alone tell
+            found.problems.append(f"strategy={cfg.strategy!r}: needs GPUs; on processors use --strategy ddp")
     elif not installed("deepspeed"):
         instead = "fsdp" if "stage_3" in cfg.strategy else "ddp"
         found.problems.append(f"strategy={cfg.strategy!r}: the package deepspeed is not installed; "

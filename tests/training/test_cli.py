@@ -1,0 +1,362 @@
+"""The command `train`: the article's flags and command lines, errors before torch is imported, notes, outputs."""
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
+from rwkv_nb.training import cli, lightning_flags, preflight
+from rwkv_nb.training.config import ConfigError, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+# The argument list of the article's train.py, written out: flag, type, default.
+ARTICLE = """
+load_model str ''; wandb str ''; proj_dir str out; random_seed int -1; data_file str ''; data_type str utf-8;
+vocab_size int 0; ctx_len int 1024; epoch_steps int 1000; epoch_count int 500; epoch_begin int 0; epoch_save int 5;
+micro_bsz int 12; n_layer int 6; n_embd int 512; dim_att int 0; dim_ffn int 0; pre_ffn int 0; head_qk int 0;
+tiny_att_dim int 0; tiny_att_layer int -999; lr_init float 6e-4; lr_final float 1e-5; warmup_steps int -1;
+beta1 float 0.9; beta2 float 0.99; adam_eps float 1e-8; grad_cp int 0; dropout float 0; weight_decay float 0;
+weight_decay_final float -1; my_pile_version int 1; my_pile_stage int 0; my_pile_shift int -1; my_pile_edecay int 0;
+layerwise_lr int 1; ds_bucket_mb int 200; my_sample_len int 0; my_ffn_shift int 1; my_att_shift int 1;
+head_size_a int 64; head_size_divisor int 8; my_pos_emb int 0; load_partial int 0; magic_prime int 0; my_qa_mask int 0;
+my_random_steps int 0; my_testing str ''; my_exit int 99999999; my_exit_tokens int 0; accelerator str gpu;
+strategy str auto; devices int 1; num_nodes int 1; precision str fp16; accumulate_grad_batches int 1
+"""
+PREPARE = """--wandb "" --proj_dir model/0.1-1
+ --data_file "data/minipile" --data_type "binidx" --vocab_size 65536
+ --ctx_len 512 --my_pile_stage 1 --epoch_count 1 --epoch_begin 0
+ --epoch_save 1 --weight_decay 0 --head_size_a 64
+ --num_nodes 1 --micro_bsz 1 --n_layer 12 --n_embd 768 --pre_ffn 0 --head_qk 0 --my_exit_tokens 1498226207
+ --magic_prime 2926181 --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+ --my_pile_edecay 0 --accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0
+ --enable_progress_bar False --ds_bucket_mb 200"""
+RUN = """--load_model "0" --wandb "RWKV-5-Test" --proj_dir model/0.1-1
+ --ctx_len 512 --my_pile_stage 3 --epoch_count 999999 --epoch_begin 0
+ --data_file "data/minipile" --my_exit_tokens 1498226207 --magic_prime 2926181
+ --num_nodes 1 --micro_bsz 16 --n_layer 12 --n_embd 768 --pre_ffn 0 --head_qk 0
+ --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --my_pile_edecay 0
+ --data_type "binidx" --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size_a 64
+ --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0
+ --enable_progress_bar True --ds_bucket_mb 200"""
+
+
+class World:
+    """The name and hash of the World tokenizer, as PREFIX.meta.json states them."""
+
+    name, vocab_size = "rwkv_vocab_v20230424", 65536
+    sha256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
+
+
+def write_data(prefix, n_tokens=3000, highest=300, tokenizer=None):
+    with MMapIndexedDatasetBuilder(prefix, dtype=np.uint16, tokenizer=tokenizer) as builder:
+        builder.add_item((np.arange(n_tokens) * 11 % (highest + 1)).astype(np.uint16))
+        builder.end_document()
+    return str(prefix)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """Flags of a run that can start."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: 0)
+    return {
+        "data_file": write_data("text"), "data_type": "binidx", "vocab_size": 65536, "ctx_len": 16, "n_layer": 2,
+        "n_embd": 64, "micro_bsz": 2, "accelerator": "cpu", "proj_dir": "run", "precision": "fp32",
+    }  # fmt: skip
+
+
+def words(flags):
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def problems(flags):
+    with pytest.raises(ConfigError) as caught:
+        cli.check(words(flags))
+    return [cli.as_flag(text) for text in caught.value.problems]
+
+
+def test_every_flag_of_the_article_with_its_type_and_default():
+    entries = [entry.split() for entry in ARTICLE.replace("\n", " ").split(";")]
+    assert len(entries) == 56
+    for name, kind, default in entries:
+        convert = {"int": int, "float": float, "str": lambda text: text.strip("'")}[kind]
+        field = cli.FIELDS[name]
+        assert (field.type, field.default) == (kind, convert(default)), name
+        value = {"int": "3", "float": "0.25", "str": "words"}[kind]
+        assert cli.read_flags([f"--{name}", value]) == {name: convert(value)}
+        assert cli.read_flags([f"--{name}={value}"]) == {name: convert(value)}
+
+
+def test_help_has_one_line_for_each_flag_in_groups(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    for name, field in cli.FIELDS.items():
+        [line] = [line for line in out.splitlines() if re.match(rf"\s+--{name} ", line)]
+        assert line.endswith(f"{field.metadata['help']} ({field.default!r})")
+    for title in ("data:", "model:", "mini-epochs and the end:", "devices, precision, memory:"):
+        assert f"\n{title}\n" in out
+
+
+def test_the_articles_two_command_lines_are_read_as_they_are():
+    prepare = cli.read_flags(shlex.split(PREPARE.replace("\n", " ")))
+    run = cli.read_flags(shlex.split(RUN.replace("\n", " ")))
+    assert TrainConfig(**prepare).problems() == [] and TrainConfig(**run).problems() == []
+    assert prepare["enable_progress_bar"] is False and run["enable_progress_bar"] is True
+    assert (prepare["wandb"], run["wandb"], run["load_model"]) == ("", "RWKV-5-Test", "0")
+    assert (run["my_exit_tokens"], run["lr_final"], run["strategy"]) == (1498226207, 6e-5, "deepspeed_stage_2")
+
+
+def test_the_articles_prepare_line_needs_neither_deepspeed_nor_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "installed", lambda package: "")
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: 0)
+    argv = shlex.split(PREPARE.replace("\n", " "))
+    with pytest.raises(ConfigError) as caught:
+        cli.check(argv)
+    [only] = caught.value.problems
+    assert "minipile.bin" in only and "python -m rwkv_nb download minipile" in only
+    os.mkdir("data")
+    prime = preflight.explain(60_000, 512).prime
+    write_data("data/minipile", 60_000)
+    cfg, notes = cli.check([*argv, "--magic_prime", str(prime)])  # the last of two counts
+    assert (cfg.magic_prime, cfg.my_pile_stage, notes) == (prime, 1, [])
+
+
+@pytest.mark.parametrize("text", ["True", "true", "1", "yes", "on"])
+def test_booleans_as_in_lightning(text):
+    assert cli.read_flags(["--enable_progress_bar", text]) == {"enable_progress_bar": True}
+    assert cli.read_flags(["--enable_progress_bar"]) == {"enable_progress_bar": True}
+    for no in ("False", "false", "0", "no", "off"):
+        assert cli.read_flags(["--enable_progress_bar", no]) == {"enable_progress_bar": False}
+
+
+def test_negative_numbers_and_lightnings_logger_flag():
+    line = "--my_exit_tokens -1000000 --tiny_att_layer -999 --weight_decay_final -1 --logger False"
+    assert cli.read_flags(shlex.split(line)) == {
+        "my_exit_tokens": -1_000_000, "tiny_att_layer": -999, "weight_decay_final": -1.0, "logger": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--nlayer 3", "--nlayer: no such flag; did you mean --n_layer?"),
+        ("--n-layer 3", "--n-layer: no such flag; did you mean --n_layer?"),
+        ("--micro 3", "--micro: no such flag"),
+        ("--zzz", "--zzz: no such flag; see --help"),
+        ("--n_layer twelve", "n_layer='twelve': expected a whole number"),
+        ("--micro_bsz 3.5", "micro_bsz='3.5': expected a whole number"),
+        ("--lr_init fast", "lr_init='fast': expected a number"),
+        ("--enable_progress_bar maybe", "enable_progress_bar='maybe': expected True or False"),
+        ("stray", "'stray' belongs to no flag"),
+        ("--max_steps 10", "--max_steps: a run ends by tokens or mini-epochs; use --my_exit_tokens or --my_exit"),
+        ("--gpus 2", "--gpus: Lightning 2 has no such flag; use --accelerator and --devices"),
+        ("--resume_from_checkpoint x.ckpt", "--resume_from_checkpoint: a run resumes from"),
+    ],
+)
+def test_flags_that_cannot_be_read(line, expected):
+    with pytest.raises(ConfigError) as caught:
+        cli.read_flags(line.split())
+    [problem] = caught.value.problems
+    assert problem.startswith(expected)
+
+
+def test_several_at_once():
+    with pytest.raises(ConfigError) as caught:
+        cli.read_flags(shlex.split("--nlayer 3 --n_embd ten --max_epochs 5 --ctx_len 8"))
+    assert len(caught.value.problems) == 3
+
+
+def test_no_flag_is_both_accepted_and_refused():
+    assert not set(lightning_flags.REFUSED) & set(cli.FIELDS)
+    # Trainer.__init__ of Lightning 1.9.5, without self
+    lightning = shlex.split("""logger enable_checkpointing callbacks default_root_dir gradient_clip_val
+        gradient_clip_algorithm
+        num_nodes num_processes devices gpus auto_select_gpus tpu_cores ipus enable_progress_bar overfit_batches
+        track_grad_norm check_val_every_n_epoch fast_dev_run accumulate_grad_batches max_epochs min_epochs max_steps
+        min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches
+        val_check_interval log_every_n_steps accelerator strategy sync_batchnorm precision enable_model_summary
+        num_sanity_val_steps resume_from_checkpoint profiler benchmark deterministic reload_dataloaders_every_n_epochs
+        auto_lr_find replace_sampler_ddp detect_anomaly auto_scale_batch_size plugins amp_backend amp_level
+        move_metrics_to_cpu multiple_trainloader_mode inference_mode""")
+    assert [name for name in lightning if name not in cli.FIELDS and name not in lightning_flags.REFUSED] == []
+
+
+def test_a_good_run_has_no_problems(base):
+    cfg, notes = cli.check(words(base))
+    assert cfg == TrainConfig(**base) and notes == []
+    assert set(os.listdir()) == {"text.bin", "text.idx"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data_file": "text.bin"}, "--data_file text.bin: give the name that .bin and .idx share, text"),
+        ({"data_file": "data/minipile"}, "--data_file data/minipile: data/minipile.bin and data/minipile.idx missing; "
+                                         "download it: python -m rwkv_nb download minipile"),
+        ({"data_file": "x/minipile"}, "python -m rwkv_nb download minipile --to x"),
+        ({"data_file": "nope"}, "python -m rwkv_nb make_data IN.jsonl 1 16 --out nope"),
+        ({"data_file": ""}, "--data_file '': name the data"),
+        ({"data_type": "utf-8", "data_file": "no.txt", "vocab_size": 0}, "--data_file no.txt: no such file"),
+        ({"ctx_len": 3000}, "3000 tokens, too few for one window of ctx_len 3000"),
+        ({"ctx_len": 1500, "my_pile_stage": 1}, "--magic_prime 0: none exists for ctx_len=1500"),
+        ({"magic_prime": 185, "my_pile_stage": 1}, "--magic_prime 185: magic_prime is 185, which is not a prime"),
+        ({"magic_prime": 191, "my_pile_stage": 1}, "--magic_prime 191: magic_prime is 191, but 3000 tokens have"),
+        ({"vocab_size": 300}, "--vocab_size 300: the data holds token 300"),
+        ({"vocab_size": 0}, "--vocab_size 0: only text is counted by itself"),
+        ({"micro_bsz": 11, "my_pile_stage": 1}, "--micro_bsz 11 (num_nodes * devices * micro_bsz = 11): does not "
+                                                "divide the 40320 samples of a mini-epoch (stages 1 to 4); the nearest "
+                                                "batch sizes that work are 10 and 12"),
+        ({"my_pile_stage": 3}, "--proj_dir run: no rwkv-init.pth or rwkv-N.pth to start from"),
+        ({"load_model": "no.pth"}, "--load_model no.pth: no such file"),
+        ({"proj_dir": "text.bin/run"}, "text.bin is a file"),
+        ({"accelerator": "gpu"}, "--accelerator gpu: no GPU is visible here; use --accelerator cpu"),
+        ({"strategy": "deepspeed_stage_2", "devices": 2}, "--strategy deepspeed_stage_2: needs GPUs"),
+        ({"wandb": "eagle"}, "--wandb eagle: the package wandb is not installed; pip install -e '.[gpu]'"),
+        ({"logger": "tensorboard"}, "--logger tensorboard: the package tensorboard is not installed"),
+        ({"n_embd": 96}, "--head_size_a 64: dim_att=96 is not a multiple of it"),
+    ],
+)  # fmt: skip
+def test_every_check_names_flag_value_and_remedy(base, changes, expected, monkeypatch):
+    monkeypatch.setattr(preflight, "installed", lambda package: "")
+    found = problems({**base, **changes})
+    assert any(expected in line for line in found), found
+    assert len(found) == 1, found
+    assert set(os.listdir()) == {"text.bin", "text.idx"}
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers(base):
+    write_data("world", tokenizer=World)
+    assert problems({**base, "data_file": "world", "vocab_size": 50277}) == [
+        "--vocab_size 50277: rwkv_vocab_v20230424 made the data, with 65536 tokens; use 65536"]  # fmt: skip
+    assert "use 65536, as rwkv_vocab" in problems({**base, "data_file": "world", "vocab_size": 0})[0]
+
+    class Other(World):
+        name, sha256 = "20B", "0" * 64
+
+    write_data("other", tokenizer=Other)
+    assert "20B" in problems({**base, "data_file": "other"})[0]
+
+
+def test_text_is_counted_and_checked(base):
+    Path("a.txt").write_text("abcde\n" * 20, encoding="utf-8")
+    text = {**base, "data_type": "utf-8", "data_file": "a.txt", "vocab_size": 0}
+    assert cli.check(words(text))[0].vocab_size == 6
+    assert cli.check(words({**text, "vocab_size": 100}))[0].vocab_size == 100
+    said = "--vocab_size 5: the text has 6 different characters; use 6, or 0 to count"
+    assert problems({**text, "vocab_size": 5}) == [said]
+    Path("b.txt").write_bytes(b"\xff" * 100)
+    assert "not utf-8" in problems({**text, "data_file": "b.txt"})[0]
+
+
+def test_the_highest_token_of_large_data_is_looked_for_in_many_places(monkeypatch):
+    monkeypatch.setattr(preflight, "SCANNED", 1600)
+    tokens = np.zeros(100_000, np.uint16)
+    tokens[-1] = 7
+    assert preflight._highest(tokens) == 7
+    tokens[50] = 9
+    assert preflight._highest(tokens) == 9
+
+
+def test_all_mistakes_in_one_message(base, capsys):
+    flags = {**base, "micro_bsz": 11, "my_pile_stage": 3, "data_file": "nope", "precision": "half", "n_embd": 100}
+    assert cli.main(words(flags)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("python -m rwkv_nb train: nothing was started or written\n")
+    named = re.findall(r"^  --(\w+) ", err, re.MULTILINE)
+    assert sorted(named) == ["data_file", "micro_bsz", "n_embd", "precision", "proj_dir"], "and no magic_prime"
+    assert set(os.listdir()) == {"text.bin", "text.idx"}
+
+
+def test_the_prime_is_computed_and_said(base):
+    cfg, notes = cli.check(words({**base, "my_pile_stage": 1}))
+    assert cfg.magic_prime == 179 and notes == ["magic_prime: 179, computed from 3000 tokens"]
+    larger = [n for n in range(180, 3000 // 16) if n % 3 == 2 and all(n % d for d in range(2, n))]
+    assert larger == []
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "strategy", "has_deepspeed", "gpus", "outcome"),
+    [
+        ("cpu", "deepspeed_stage_2", "", 0, "DeepSpeed needs GPUs"),
+        ("cpu", "deepspeed_stage_3_offload", "0.15", 0, "DeepSpeed needs GPUs"),
+        ("auto", "deepspeed_stage_2", "", 0, "DeepSpeed needs GPUs"),
+        ("gpu", "deepspeed_stage_2", "", 1, "one device has nothing to divide"),
+        ("gpu", "deepspeed_stage_2", "0.15", 1, None),
+        ("gpu", "deepspeed_stage_3", "", 1, "the package deepspeed is not installed"),
+    ],
+)
+def test_deepspeed_on_one_device(base, monkeypatch, accelerator, strategy, has_deepspeed, gpus, outcome):
+    monkeypatch.setattr(preflight, "installed", lambda package: has_deepspeed)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: gpus)
+    flags = {**base, "accelerator": accelerator, "strategy": strategy}
+    if outcome is not None and "package" in outcome:
+        [problem] = problems(flags)
+        assert outcome in problem and "pip install -e '.[gpu]', or use --strategy fsdp" in problem
+        return
+    cfg, notes = cli.check(words(flags))
+    assert cfg.strategy == (strategy if outcome is None else "auto")
+    assert (notes == []) if outcome is None else (outcome in notes[0] and strategy in notes[0])
+
+
+def test_more_devices_than_there_are(base, monkeypatch):
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: 2)
+    assert problems({**base, "accelerator": "gpu", "devices": 4}) == [
+        "--devices 4: 2 GPU(s) visible here; use at most so many"]  # fmt: skip
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: None)
+    assert cli.check(words({**base, "accelerator": "gpu", "devices": 4}))[0].devices == 4, "not known: left to torch"
+
+
+def test_only_the_first_process_speaks(monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.first_process()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not cli.first_process()
+    monkeypatch.setenv("RANK", "0")
+    assert cli.first_process()
+
+
+def python(code, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize("extra", [{"n_embd": 100}, {"ctx_len": 5000}, {"vocab_size": 20}, {"nonsense": 1}, {}])
+def test_torch_is_absent_until_all_checks_have_passed(base, extra, tmp_path):
+    code = f"import sys; from rwkv_nb.training import cli; code = {{}}\n" \
+           f"try: cli.check({words({**base, **extra})!r}); code = 0\n" \
+           f"except ValueError: code = 2\n" \
+           f"print(code, 'torch' in sys.modules or 'pytorch_lightning' in sys.modules)"  # fmt: skip
+    done = python(code, tmp_path)
+    assert done.stdout.split() == ["2" if extra else "0", "False"], done.stderr
+    assert set(os.listdir(tmp_path)) == {"text.bin", "text.idx"}
+
+
+WITHOUT_EFFECT = {"my_ffn_shift", "my_att_shift"}
+
+
+@pytest.mark.parametrize("flag", [f.name for f in dataclasses.fields(TrainConfig)])
+def test_every_flag_is_read_somewhere_or_says_that_it_does_nothing(flag):
+    checks = ("config.py", "rules.py", "preflight.py", "cli.py", "banner.py", "lightning_flags.py")
+    rooms = [ROOT / "rwkv_nb" / room for room in ("training", "model", "data")]
+    files = [path for room in rooms for path in room.glob("*.py") if path.name not in checks]
+    config = (ROOT / "rwkv_nb/training/config.py").read_text(encoding="utf-8")
+    derived = config[config.index("def __post_init__"):]
+    readers = [path.name for path in files if re.search(rf"\.{flag}\b", path.read_text(encoding="utf-8"))]
+    readers += ["config.py"] * bool(re.search(rf"self\.{flag}\b", derived))
+    if flag in WITHOUT_EFFECT:
+        assert readers == [] and "does nothing" in cli.FIELDS[flag].metadata["help"]
+    else:
+        assert readers, f"--{flag} is accepted and has no effect"
