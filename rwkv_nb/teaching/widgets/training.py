@@ -13,6 +13,7 @@ import html
 
 import ipywidgets
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rwkv_nb.teaching import plots
 from rwkv_nb.teaching.widgets import Panel, number_and_slider
@@ -50,7 +51,8 @@ def schedule_figure(runs: dict[str, TrainConfig]) -> Figure:
         start.plot(*curve(cfg, close), **plots.line(i), marker="." if close <= 40 else None)
     whole.set(xlabel="step", ylabel="learning rate", title="the whole run")
     start.set(xlabel="step", title="its first steps")
-    whole.ticklabel_format(axis="x", style="plain")
+    whole.xaxis.set_major_locator(MaxNLocator(5))
+    whole.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     for ax in (whole, start):
         ax.set_ylim(bottom=0)
     if len(runs) > 1:
