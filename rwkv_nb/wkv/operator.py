@@ -95,9 +95,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _derive(ctx, gy, glast, _):
-    r, *_, state, _ = ctx.saved_tensors
+    r, *others, state, saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
     gy = torch.zeros_like(r) if gy is None else gy
-    *grads, gstate = _backward(*ctx.saved_tensors, gy, glast, ctx.backend)
+    *grads, gstate = _backward(r, *others, state, saved, gy, glast, ctx.backend)
     return *grads, None if state is None else gstate, None, None
 
 
