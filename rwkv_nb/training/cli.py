@@ -144,7 +144,10 @@ def first_process() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, then train. Exit code 0 for a run that ended, 2 for flags or files that make it impossible."""
+    """Check, then train. Exit code 0 for a run that ended, 2 for flags or files that make it impossible.
+
+    Raises Interrupted (exit code 130 or 143) after Ctrl-C or SIGTERM, when everything is saved.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     speaks = first_process()
     try:
@@ -166,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if speaks and cfg.vocab_size > 0:
             print(parameter_table(cfg.model_config()), flush=True)
         try:
-            train(cfg, progress=speaks)
+            train(cfg, progress=speaks, raise_interrupt=True)
         except MisconfigurationException as error:  # what only Lightning can tell: a device that it cannot use
             raise ValueError(f"Lightning refuses this run: {error}") from error
     if speaks:

@@ -12,7 +12,6 @@ Source of the choice among rwkv-N.pth: RWKV-LM `RWKV-v5/train.py`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -101,8 +100,11 @@ def list_states(proj_dir: str | os.PathLike) -> list[tuple[int, int | None, Path
     return found
 
 
-def complete(state: TrainerState, path: Path, folder: Path, precision: str) -> None:
-    """Do what a run that was killed between two files had still to do: rwkv-N.pth, the state's last name, the log."""
+def complete(state: TrainerState, path: Path, folder: Path, precision: str) -> Path:
+    """Do what a run that was killed between two files had still to do: rwkv-N.pth, the state's last name, the log.
+
+    Returns the path that the state has now.
+    """
     if state.checkpoint:
         checkpoint = folder / state.checkpoint
         try:
@@ -111,29 +113,30 @@ def complete(state: TrainerState, path: Path, folder: Path, precision: str) -> N
             whole = False
         if not whole:
             save_checkpoint(state.weights, checkpoint, precision)
-        with contextlib.suppress(FileNotFoundError):
-            path.replace(checkpoint.with_suffix(".state"))
+        if path.parent.resolve() == folder.resolve():
+            path = path.replace(checkpoint.with_suffix(".state"))
     log = folder / "train_log.txt"
     if state.log_line and state.log_line not in (log.read_text(encoding="utf-8") if log.is_file() else ""):
         with open(log, "a", encoding="utf-8") as file:
             file.write(state.log_line)
+    return path
 
 
-def prune_states(proj_dir: str | os.PathLike, written: set[Path], start: Position, epoch_steps: int) -> list[str]:
+def prune_states(proj_dir: str | os.PathLike, ours: set[Path], start: Position, epoch_steps: int) -> list[str]:
     """Keep the two newest states; returns the names of those set aside.
 
-    A state at or beyond `start` that this run has not written belongs to a run that was given up, or cannot be read: it
-    would pass for the newest. It gets the name NAME.old, of which the two newest stay as well.
+    ours: those that this run has written or went on from. Any other at or beyond `start` belongs to a run that was given
+    up, or cannot be read, and would pass for the newest: it is renamed NAME.old, of which the two newest stay as well.
     """
-    aside, ours = [], []
+    aside, kept = [], []
     for epoch, batch, path in list_states(proj_dir):
         position = _position(epoch, batch, epoch_steps)
-        if position >= start and path not in written:
+        if position >= start and path not in ours:
             path.replace(path.with_name(path.name + ".old"))
             aside.append(path.name)
         else:
-            ours.append((position, path))
-    for _, path in sorted(ours)[:-KEEP]:
+            kept.append((position, path))
+    for _, path in sorted(kept)[:-KEEP]:
         path.unlink(missing_ok=True)
     old = sorted(Path(proj_dir).glob("rwkv-*.state.old"), key=lambda path: path.stat().st_mtime_ns)
     for path in old[:-KEEP]:

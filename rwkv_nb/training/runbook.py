@@ -4,9 +4,9 @@ It is: a Lightning callback; the last of them, because it decides whether the ru
 (LitRWKV sets the rates), a view for people (monitor.py), or the choice of the file to begin with (resume.py).
 
 A mini-epoch is `cfg.epoch_steps` batches. After each, train_log.txt gets a line "epoch loss exp(loss) lr time n", with
-the mean loss of all processes and n, the mini-epochs since the (re)start; rwkv-N.pth is written if n is a multiple of
-epoch_save or the last of epoch_count. The end of the run, however it comes, writes rwkv-final.pth, once; a mini-epoch
-cut short leaves its line and no rwkv-N.pth.
+the mean loss of all processes and n, the mini-epochs since the (re)start; val_split adds the loss on held-out data.
+rwkv-N.pth is written if n is a multiple of epoch_save or the last of epoch_count. The end of the run, however it comes,
+writes rwkv-final.pth, once; a mini-epoch cut short leaves its line and no rwkv-N.pth.
 A trainer state is written before each rwkv-N.pth, within a mini-epoch every save_minutes or save_steps, and before
 rwkv-final.pth. The order is state, checkpoint, line of the log: a run killed in between has its state, and the next one
 completes the rest. A file that cannot be written (a full disk) ends the run only if it is the last one.
@@ -32,6 +32,7 @@ from rwkv_nb.training.files import remove_orphans
 from rwkv_nb.training.interrupts import Stop
 from rwkv_nb.training.resume import Start, complete, prune_states
 from rwkv_nb.training.schedule import exit_reached
+from rwkv_nb.training.strategies import full_weights
 from rwkv_nb.training.trainer_state import (
     TrainerState,
     model_weights,
@@ -55,7 +56,7 @@ class RunBook(pl.Callback):
         self._began = start.position if start is not None else (cfg.epoch_begin, 0)
         self._random: dict[str, Any] | None = None  # to be put back before the first step
         self._epoch, self._loss_sum, self._batches = cfg.epoch_begin, 0.0, 0
-        self._line, self._saved_at, self._written = "", None, set()
+        self._line, self._saved_at, self._ours = "", None, set()
         self._wants_to_stop, self._due = False, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,7 +65,7 @@ class RunBook(pl.Callback):
             for name in remove_orphans(self.folder):
                 warnings.warn(f"{self.folder / name}: removed, a killed run left it unfinished", stacklevel=2)
             if self._state is not None:
-                complete(self._state, self._path, self.folder, self.cfg.precision)
+                self._ours.add(complete(self._state, self._path, self.folder, self.cfg.precision))
         now = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
         self._log(trainer, f"NEW RUN {now}\n{self.cfg.flags()}\n")
         if self._state is not None:
@@ -107,13 +108,14 @@ class RunBook(pl.Callback):
             loss = float(trainer.strategy.reduce(torch.as_tensor(self._loss_sum), reduce_op="mean")) / self._batches
             perplexity = math.exp(min(loss, 700.0))
             numbers = f"{self._epoch} {loss:.6f} {perplexity:.4f} {pl_module.last_lr:.8f}"
-            self._line = f"{numbers} {datetime.datetime.now()} {since_start}\n"
+            held_out = "" if pl_module.last_val_loss is None else f" {pl_module.last_val_loss:.6f}"
+            self._line = f"{numbers} {datetime.datetime.now()} {since_start}{held_out}\n"
         if complete and (due or since_start == self.cfg.epoch_count - 1):
             name = f"rwkv-{self._epoch}.pth"
             state = self._save_state(trainer, pl_module, last=False, checkpoint=name)
             if self._save_weights(trainer, pl_module, name, last=False) and state is not None:
                 state.replace(self.folder / f"rwkv-{self._epoch}.state")
-                self._written.add(self.folder / f"rwkv-{self._epoch}.state")
+                self._ours.add(self.folder / f"rwkv-{self._epoch}.state")
         elif complete and self._due:
             self._save_state(trainer, pl_module, last=False)
         self._log(trainer, self._line)
@@ -172,8 +174,8 @@ class RunBook(pl.Callback):
             warnings.warn(f"{error}; the run goes on", stacklevel=2)
             return None
         self._saved_at = (self._epoch, self._batches)
-        self._written.add(path)
-        aside = prune_states(self.folder, self._written, self._began, self.cfg.epoch_steps)
+        self._ours.add(path)
+        aside = prune_states(self.folder, self._ours, self._began, self.cfg.epoch_steps)
         if aside and self.cfg.my_pile_stage >= 2:  # stage 0 begins anew, and its files are overwritten one by one
             warnings.warn(f"{self.folder}: this run did not go on from {', '.join(aside)}: renamed, with .old at the "
                           "end", stacklevel=2)  # fmt: skip
@@ -190,10 +192,11 @@ class RunBook(pl.Callback):
         self._saved_at = (state.epoch, state.batch)
 
     def _save_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, last: bool) -> bool:
+        weights = full_weights(trainer.strategy, pl_module.model)  # where the model is cut, every process takes part
         if not trainer.is_global_zero:
             return False
         try:
-            save_checkpoint(pl_module.model, self.folder / name, self.cfg.precision)
+            save_checkpoint(weights, self.folder / name, self.cfg.precision)
         except OSError as error:
             if last:
                 raise

@@ -1,0 +1,143 @@
+"""Going on: a run stopped anywhere is the uninterrupted run, bit for bit; which file it goes on from, and why."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rwkv_nb.data.dataset import DataConfig, TokenDataset
+from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.training import config, resume, rules
+from rwkv_nb.training.checkpoint import load_checkpoint, save_checkpoint
+from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.files import CheckpointError
+from rwkv_nb.training.interrupts import Interrupted
+from rwkv_nb.training.resume import find_start
+from rwkv_nb.training.trainer import train
+from rwkv_nb.training.trainer_state import TrainerState
+
+TEXT = "the eagle writes cell by cell. " * 40
+MINI = 12  # samples in a mini-epoch: 40320 would take hours here
+
+
+class Spy(pl.Callback):
+    """Losses and learning rates of every batch; stops the run as Ctrl-C does after some of its batches."""
+
+    def __init__(self, stop_after=None, number=signal.SIGINT):
+        self.losses, self.rates, self.stop_after, self.number = [], [], stop_after, number
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(pl_module.last_loss))
+        self.rates.append([g["lr"] for g in trainer.optimizers[0].param_groups])
+        if len(self.losses) == self.stop_after:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def short_mini_epochs(monkeypatch):
+    monkeypatch.setattr(config, "MINI_EPOCH", MINI)
+    monkeypatch.setattr(rules, "MINI_EPOCH", MINI)
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return TrainConfig(
+        proj_dir=str(tmp_path / "run"), data_file=str(tmp_path / "text.txt"), accelerator="cpu", precision="fp32",
+        n_layer=2, n_embd=64, ctx_len=8, micro_bsz=2, my_pile_stage=3, magic_prime=149, epoch_save=1, lr_init=5e-3,
+        lr_final=1e-4, warmup_steps=2, weight_decay=0.01, my_exit_tokens=16 * 16, random_seed=5, dropout=0.1,
+        save_minutes=0,
+    )  # fmt: skip
+
+
+def run(cfg, *callbacks, **kwargs):
+    return train(cfg, callbacks=callbacks, progress=False, **kwargs)
+
+
+def prepare(cfg):
+    run(cfg.replace(my_pile_stage=1, magic_prime=149))
+    return cfg
+
+
+def copy_of(cfg, name):
+    """The same run in another folder, with the initial weights alone."""
+    other = cfg.replace(proj_dir=str(Path(cfg.proj_dir).parent / name))
+    os.makedirs(other.proj_dir)
+    shutil.copy(f"{cfg.proj_dir}/rwkv-init.pth", other.proj_dir)
+    return other
+
+
+def contents(cfg, pattern="rwkv-*.pth"):
+    return {path.name: path.read_bytes() for path in Path(cfg.proj_dir).glob(pattern)}
+
+
+def names(cfg):
+    return sorted(name for name in os.listdir(cfg.proj_dir) if name.startswith((".", "rwkv-")))
+
+
+def log_lines(cfg):
+    """{mini-epoch: the last line about it, without its time}."""
+    log = Path(cfg.proj_dir, "train_log.txt").read_text(encoding="utf-8")
+    found = re.findall(r"^(\d+) (\S+ \S+ \S+) \S+ \S+ (\d+)$", log, re.MULTILINE)
+    return {int(epoch): (numbers, since) for epoch, numbers, since in found}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"precision": "fp32"},
+        {"precision": "bf16", "my_pile_stage": 4, "magic_prime": 0},
+        {"precision": "fp16", "lr_init": 1e-2},
+        {"precision": "tf32", "my_pile_stage": 2, "warmup_steps": -1, "my_random_steps": 9},
+        {"micro_bsz": 1, "accumulate_grad_batches": 3, "epoch_save": 2, "my_exit_tokens": 11 * 24},
+    ],
+    ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()),
+)
+def test_stopped_and_resumed_is_uninterrupted(cfg, flags):
+    cfg = prepare(cfg.replace(**flags))
+    whole, parts = Spy(), []
+    broken = copy_of(cfg, "broken")
+    run(cfg, whole)
+    for stop_after in (1, 3, 2, None):  # within a mini-epoch, across its end, ...
+        parts.append(Spy(stop_after))
+        run(broken, parts[-1])
+    assert [len(part.losses) > 0 for part in parts] == [True] * 4
+    assert [x for part in parts for x in part.losses] == whole.losses
+    assert [x for part in parts for x in part.rates] == whole.rates
+    assert contents(broken) == contents(cfg) and {"rwkv-0.pth", "rwkv-final.pth"} < set(contents(cfg))
+    assert log_lines(broken) == log_lines(cfg)
+
+
+def test_the_optimizer_goes_on_where_it_was(cfg):
+    """What makes the difference: the same two halves from weights alone are another run."""
+    cfg = prepare(cfg)
+    states, alone = copy_of(cfg, "states"), copy_of(cfg, "alone").replace(resume="weights")
+    for c in (states, alone):
+        run(c.replace(my_exit_tokens=6 * 16, lr_final=5e-3))
+    whole, from_state, from_weights = Spy(), Spy(), Spy()
+    run(cfg.replace(lr_final=5e-3), whole)
+    with pytest.warns(UserWarning, match="my_exit_tokens: 96 -> 256"):
+        run(states.replace(lr_final=5e-3), from_state)
+    with pytest.warns(UserWarning, match=r"did not go on from rwkv-0\.state.*\.old"):
+        run(alone.replace(lr_final=5e-3), from_weights)
+    assert from_state.losses == whole.losses[6:]
+    assert from_weights.losses[0] == from_weights.losses[0] and from_weights.losses[1:] != whole.losses[7:]
+    assert from_weights.rates[0][0] < from_state.rates[0][0] / 10, "warm-up again, as officially"
