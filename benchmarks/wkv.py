@@ -71,7 +71,7 @@ def plain_library(N: int) -> ctypes.CDLL:
 def plain(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, gy: Tensor | None = None) -> list[Tensor]:
     """y, or with gy the gradients of r, k, v, w, u."""
     B, T, H, N = r.shape
-    call = PlainCall(B, T, H, torch.get_num_threads(), cpu._parallel())
+    call = PlainCall(B, T, H, torch.get_num_threads(), cpu.openmp()[0])
     results = {"y": torch.empty_like(r)}
     if gy is not None:
         results = {name: torch.empty_like(r) for name in ("gr", "gk", "gv")}

@@ -92,7 +92,7 @@ def backward(
 def _run(function: str, r: Tensor, **tensors: Tensor | None) -> None:
     B, T, H, N = r.shape
     threads = torch.get_num_threads()
-    call = _Call(B, T, H, N, FORMATS[r.dtype], KEEP_EVERY, threads, _parallel(), r.data_ptr())
+    call = _Call(B, T, H, N, FORMATS[r.dtype], KEEP_EVERY, threads, openmp()[0], r.data_ptr())
     for name, x in tensors.items():
         setattr(call, name, None if x is None else x.data_ptr())
     if getattr(_library(N), function)(ctypes.byref(call)):
@@ -112,11 +112,17 @@ def _library(N: int) -> ctypes.CDLL:
 
 
 @functools.cache
-def _parallel() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP library that torch runs on, None where that has another interface."""
+def openmp() -> tuple[int | None, int | None]:
+    """Addresses of `GOMP_parallel` and `omp_get_num_threads` in the OpenMP library that torch runs on.
+
+    None, None where that has another interface.
+    """
     for file in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         try:
-            return ctypes.cast(ctypes.CDLL(str(file)).GOMP_parallel, ctypes.c_void_p).value
+            library = ctypes.CDLL(str(file))
+            functions = library.GOMP_parallel, library.omp_get_num_threads
         except (AttributeError, OSError):  # no such function; no library that this system loads
             continue
-    return None
+        parallel, team = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+        return parallel, team
+    return None, None

@@ -141,7 +141,7 @@ def test_without_torchs_thread_pool(monkeypatch):
     try:
         torch.set_num_threads(3)
         want = everything(WithCpu.apply, tensors)
-        monkeypatch.setattr(cpu, "_parallel", lambda: None)
+        monkeypatch.setattr(cpu, "openmp", lambda: (None, None))
         got = everything(WithCpu.apply, tensors)
     finally:
         torch.set_num_threads(before)

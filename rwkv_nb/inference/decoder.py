@@ -1,0 +1,190 @@
+"""A model for writing on a processor: each token in one call of C++, weights stored in 32, 16 or 8 bits.
+
+    decoder = Decoder(RWKV.from_checkpoint(path), "int8")
+    logits, state = decoder(idx, state)            like the RWKV it was made from, for generate() and everything else
+
+Writing reads every weight once a token, so memory is what limits it; products of one row with a matrix in PyTorch reach
+about a third of that limit. Prompts (T > 1) go through the RWKV itself, time-parallel, with the same stored weights.
+
+What it is not: for training, for a GPU, or for the rare options of the model (pre_ffn, head_qk, tiny_att, my_pos_emb).
+The mathematics is in the header of `kernels/decode_cpu.cpp`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.wkv import build
+from rwkv_nb.wkv.cpu import openmp
+
+from .packing import Packed, pack
+
+SOURCE = "decode_cpu.cpp"
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+VECTORS = 16  # a kernel row must fill whole registers
+_NORMS, _MIXES = ("ln1", "ln2", "att.ln_x"), ("att.time_mix_k", "att.time_mix_v", "att.time_mix_r", "att.time_mix_g")
+_FFN_MIXES = ("ffn.time_mix_k", "ffn.time_mix_r")
+_MATRICES = (
+    *(f"att.{name}" for name in ("receptance", "key", "value", "gate", "output")),
+    *(f"ffn.{name}" for name in ("key", "receptance", "value")),
+)
+
+
+def _fields(*pointers: str) -> list:
+    return [(name, ctypes.c_void_p) for name in pointers]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [*_fields("data", "scales"), *((name, ctypes.c_int64) for name in ("rows", "columns"))]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = _fields("weight", "bias")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name.removeprefix("att."), _Norm) for name in _NORMS),
+        *_fields("mix_k", "mix_v", "mix_r", "mix_g", "decay", "bonus", "ffn_mix_k", "ffn_mix_r"),
+        *((name.replace(".", "_"), _Matrix) for name in _MATRICES),
+    ]
+
+
+class _State(ctypes.Structure):
+    _fields_ = _fields("att_x", "wkv", "ffn_x", "new_att_x", "new_wkv", "new_ffn_x")
+
+
+class _Step(ctypes.Structure):
+    """`struct Step` of the source, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "n_layer", "D", "A", "F", "V", "N", "storage", "threads")),
+        ("eps_x", ctypes.c_double),
+        *_fields("parallel", "team", "ids", "emb"),
+        ("emb_storage", ctypes.c_int64),
+        ("ln0", _Norm),
+        ("ln_out", _Norm),
+        *_fields("layers", "states"),
+        ("head", _Matrix),
+        *_fields("logits"),
+    ]
+
+
+def why_not() -> str | None:
+    """None if a decoder can run here, else what is missing and the remedy. Compiles nothing."""
+    return None if build.find_cxx() else f"no C++ compiler was found: {build.CXX_REMEDY}"
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return build.load("decode_cpu", [SOURCE], build.cxx_flags())
+
+
+class Decoder:
+    """RWKV for writing: called like the model, (B, T) ids and a state -> logits and the new state.
+
+    Args:
+        model: an RWKV on the CPU without rare options. With "float32" its weights are shared, not copied.
+        storage: "float32", "bfloat16" (exact for official files, which hold bfloat16) or "int8".
+
+    Raises:
+        ValueError: the model has a rare option, is not on the CPU, or has sizes that the kernel cannot do.
+        build.BuildError: no C++ compiler, or it failed.
+    """
+
+    def __init__(self, model: RWKV, storage: str = "bfloat16"):
+        c = model.config
+        for name in ("pre_ffn", "head_qk", "tiny_att_dim", "my_pos_emb"):
+            if getattr(c, name, 0) > 0:
+                raise ValueError(f"Decoder: the model has {name} = {getattr(c, name)}; call the RWKV itself")
+        if model.emb.weight.device.type != "cpu":
+            raise ValueError(f"Decoder: the model is on {model.emb.weight.device}; it must be on the CPU")
+        for name in ("n_embd", "dim_att", "dim_ffn", "head_size_a"):
+            if getattr(c, name) % VECTORS:
+                raise ValueError(
+                    f"Decoder: {name} = {getattr(c, name)} is no multiple of {VECTORS}; call the RWKV itself"
+                )
+        if reason := why_not():
+            raise build.BuildError(f"Decoder: {reason}")
+        self.config, self.storage, self.training = c, storage, False
+        weights = model.state_dict()
+        self._kept: list[Tensor] = []  # what C++ points to
+        self.matrices = {name: pack(weights[f"{name}.weight"], storage) for name in _matrix_names(c.n_layer)}
+        self.emb = pack(weights["emb.weight"], "float32" if storage == "float32" else "bfloat16").numbers
+        self._step = self._describe(weights)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they are stored."""
+        return sum(m.nbytes for m in self.matrices.values()) + self.emb.nbytes + sum(x.nbytes for x in self._kept)
+
+    def _describe(self, weights: dict[str, Tensor]) -> _Step:
+        """Everything of `struct Step` that stays the same from step to step."""
+        c = self.config
+
+        def vector(x: Tensor) -> int:
+            self._kept.append(x.detach().float().contiguous())
+            return self._kept[-1].data_ptr()
+
+        def norm(name: str) -> _Norm:
+            return _Norm(vector(weights[f"{name}.weight"]), vector(weights[f"{name}.bias"]))
+
+        layers = (_Layer * c.n_layer)()
+        for i, layer in enumerate(layers):
+            of = f"blocks.{i}."
+            decay = torch.exp(-torch.exp(weights[f"{of}att.time_decay"].double()))
+            values = [*(norm(of + name) for name in _NORMS), *(vector(weights[of + name]) for name in _MIXES)]
+            values += [vector(decay), vector(weights[f"{of}att.time_faaaa"])]
+            values += [vector(weights[of + name]) for name in _FFN_MIXES]
+            values += [_matrix(self.matrices[of + name]) for name in _MATRICES]
+            for (field, _), value in zip(_Layer._fields_, values, strict=True):
+                setattr(layer, field, value)
+        self._layers, self._states = layers, (_State * c.n_layer)()
+        head = self.matrices["head"]
+        parallel, team = openmp()
+        return _Step(
+            n_layer=c.n_layer, D=c.n_embd, A=c.dim_att, F=c.dim_ffn, V=c.vocab_size, N=c.head_size_a,
+            storage=FORMATS[head.numbers.dtype], eps_x=1e-5 * c.head_size_divisor**2,
+            parallel=parallel, team=team, emb=self.emb.data_ptr(), emb_storage=FORMATS[self.emb.dtype],
+            ln0=norm("blocks.0.ln0"), ln_out=norm("ln_out"),
+            layers=ctypes.addressof(layers), states=ctypes.addressof(self._states), head=_matrix(head),
+        )  # fmt: skip
+
+    def step(self, ids: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One token for each of B rows: ids (B,) int64, state as of RWKV -> logits (B, V) float32, the new state."""
+        c, call = self.config, self._step
+        B = ids.shape[0]
+        if B and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
+            raise ValueError(
+                f"Decoder: token ids run from {int(ids.min())} to {int(ids.max())}, but this model has vocab_size = "
+                f"{c.vocab_size}: was the text encoded with another tokenizer?"
+            )
+        ids = ids.to(torch.int64).contiguous()
+        state = [x.float().contiguous() for x in state]
+        after = [torch.empty_like(x) for x in state]
+        for i, entry in enumerate(self._states):
+            three = slice(3 * i, 3 * i + 3)
+            for (field, _), x in zip(_State._fields_, (*state[three], *after[three]), strict=True):
+                setattr(entry, field, x.data_ptr())
+        logits = torch.empty(B, c.vocab_size)
+        call.B, call.threads, call.ids, call.logits = B, torch.get_num_threads(), ids.data_ptr(), logits.data_ptr()
+        if B and _library().rwkv5_step(ctypes.byref(call)):
+            raise MemoryError(f"Decoder: not enough memory for a step of {B} rows")
+        return logits, after
+
+
+def _matrix_names(n_layer: int) -> Iterable[str]:
+    return [*(f"blocks.{i}.{name}" for i in range(n_layer) for name in _MATRICES), "head"]
+
+
+def _matrix(packed: Packed) -> _Matrix:
+    rows, columns = packed.numbers.shape
+    if packed.scales is None:
+        return _Matrix(packed.numbers.data_ptr(), None, rows, columns)
+    return _Matrix(packed.numbers.data_ptr(), packed.scales.data_ptr(), rows, columns)
