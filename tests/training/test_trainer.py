@@ -229,9 +229,8 @@ def test_progress_shows_data_notes_and_a_bar(cfg, capfd):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"my_pile_stage": 1, "load_model": "x.pth", "magic_prime": 71}, "load_model='x.pth'"),
-        ({"grad_cp": 1}, "grad_cp=1"),
-        ({"head_qk": 8}, "head_qk"),
+        ({"my_pile_stage": 1, "load_model": "x.pth", "magic_prime": 71}, "x.pth: no such checkpoint"),
+        ({"tiny_att_dim": 8}, "tiny_att_layer=-999"),
         ({"vocab_size": 3}, "vocab_size=3"),
         ({"precision": "int4"}, "precision='int4'"),
         ({"data_file": "nowhere.txt"}, "nowhere.txt"),
