@@ -1,0 +1,155 @@
+"""The planner's arithmetic against published figures, real tensors, torch's own count of operations, and a real run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rwkv_nb.model.config import ModelConfig
+from rwkv_nb.model.rwkv import RWKV, l2wrap_cross_entropy
+from rwkv_nb.training import planner
+from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.machine import autocast
+from rwkv_nb.training.optimizer import build_optimizer
+
+SMALL = ModelConfig(n_layer=3, n_embd=128, vocab_size=512, ctx_len=64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gigabytes"),
+    [("deepspeed_stage_1", 31.4), ("deepspeed_stage_2", 16.6), ("deepspeed_stage_3", 1.9), ("fsdp", None)],
+)
+def test_the_figures_of_the_zero_paper(strategy, gigabytes):
+    """arXiv 1910.02054, figure 1: 7.5 billion parameters, 64 devices, 120 GB where nothing is cut."""
+    assert planner.state_bytes(7_500_000_000, "ddp", 64).total == 120e9
+    if gigabytes is not None:
+        assert planner.state_bytes(7_500_000_000, strategy, 64).total / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    assert planner.state_bytes(1000, strategy, 1).total == 16000, "one device holds everything, however it is cut"
+
+
+def test_offload_moves_bytes_and_loses_none():
+    for stage in (1, 2, 3):
+        here = planner.state_bytes(1000, f"deepspeed_stage_{stage}", 4)
+        there = planner.state_bytes(1000, f"deepspeed_stage_{stage}_offload", 4)
+        assert there.total + there.host == here.total and there.adam == 0 and there.host > 0
+    assert planner.state_bytes(1000, "deepspeed_stage_3_offload", 4).total == 0
+    assert planner.state_bytes(1000, "deepspeed_stage_2_offload", 4).total == 2000, "the weights stay"
+
+
+def test_states_are_those_of_real_tensors():
+    cfg = TrainConfig(n_layer=3, n_embd=128, vocab_size=512, weight_decay=0.01, precision="fp32", accelerator="cpu")
+    model = RWKV(SMALL)
+    optimizer = build_optimizer(model, cfg)
+    idx = torch.zeros(1, 8, dtype=torch.long)
+    l2wrap_cross_entropy(model(idx)[0], idx).backward()
+    optimizer.step()
+
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    expected = planner.state_bytes(SMALL.n_params)
+    assert size(model.parameters()) == expected.weights
+    assert size(p.grad for p in model.parameters()) == expected.gradients
+    averages = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    assert size(averages) == expected.adam
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(precision):
+    def kept(n_layer):
+        config = ModelConfig(n_layer=n_layer, n_embd=128, vocab_size=96, ctx_len=128)
+        model = RWKV(config).train()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+            return tensor
+
+        idx = torch.zeros(8, 128, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast(precision, "cpu"):
+            loss = model(idx)[0].sum()
+        assert loss.requires_grad
+        return sum(size for size, _ in storages.values()), config
+
+    (two, _), (four, config) = kept(2), kept(4)
+    a_layer = planner.activation_bytes(config, 8, 128, precision) / 4
+    assert a_layer == pytest.approx((four - two) / 2, rel=0.35)
+
+
+def test_flops_are_what_torch_counts():
+    model, idx = RWKV(SMALL), torch.zeros(2, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(idx)[0].sum().backward()
+    products = planner.train_flops(SMALL) - 12 * SMALL.n_layer * SMALL.dim_att * SMALL.head_size_a  # WKV is no product
+    assert counter.get_total_flops() / idx.numel() == pytest.approx(products, rel=0.01)
+    vectors = planner.train_flops(SMALL, grad_cp=True) / planner.train_flops(SMALL)
+    assert 1.2 < vectors < 4 / 3
+
+
+RUN = """
+import resource, sys, torch
+from rwkv_nb.model.config import ModelConfig
+from rwkv_nb.model.rwkv import RWKV, l2wrap_cross_entropy
+torch.set_num_threads(1)
+def step(config, batch, length):
+    model, idx = RWKV(config).train(), torch.zeros(batch, length, dtype=torch.long)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for _ in range(2):
+        l2wrap_cross_entropy(model(idx)[0], idx).backward()
+        optimizer.step()
+step(ModelConfig(n_layer=1, n_embd=64, vocab_size=64), 1, 16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(ModelConfig(n_layer=3, n_embd=384, vocab_size=2048), 4, 256)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
+def test_a_real_run_takes_about_as_much_memory():
+    out = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True, timeout=120)
+    measured = int(out.stdout)
+    config = ModelConfig(n_layer=3, n_embd=384, vocab_size=2048)
+    expected = planner.memory(config, 4, 256, "auto", precision="fp32").total
+    assert 0.5 < measured / expected < 1.8, f"{measured / 1e6:.0f} MB against {expected / 1e6:.0f}"
+
+
+def test_reports_lie_where_the_default_is():
+    shares = [report.utilisation for report in planner.REPORTED]
+    assert len(shares) >= 4 and all(0.2 < share < 0.5 for share in shares)
+    h100 = 7000 * (6 * (7_518_044_160 - 65536 * 4096) + 12 * 32 * 4096 * 64) / 989e12  # written out a second time
+    assert planner.REPORTED[0].utilisation == pytest.approx(h100)
+
+
+def test_a_plan():
+    cfg = TrainConfig(
+        n_layer=12, n_embd=768, vocab_size=65536, ctx_len=512, micro_bsz=16, devices=4, num_nodes=2, strategy="ddp",
+        precision="bf16", my_exit_tokens=-1_498_226_207,
+    )  # fmt: skip
+    gpu = planner.GPUS["A100 SXM 80"]
+    plan = planner.plan_run(cfg, gpu, utilisation=0.25, scaling=0.5, price_per_hour=2)
+    flops = planner.train_flops(cfg.model_config())
+    assert plan.tokens_per_second == pytest.approx(0.25 * 312e12 / flops * 8 * 0.5)
+    assert plan.hours == pytest.approx(1_498_226_207 / plan.tokens_per_second / 3600)
+    assert plan.cost == pytest.approx(plan.hours * 16) and plan.fits
+    big = planner.plan_run(cfg.replace(n_layer=32, n_embd=4096), gpu, price_per_hour=2)
+    assert not big.fits and big.hours > plan.hours
+    assert planner.plan_run(cfg.replace(n_layer=32, n_embd=4096, strategy="deepspeed_stage_3", micro_bsz=2, grad_cp=1),
+                            gpu).fits  # fmt: skip
+    with pytest.raises(ValueError, match="my_exit_tokens"):
+        planner.plan_run(cfg.replace(my_exit_tokens=0), gpu)
+    with pytest.raises(ValueError, match="utilisation is 30"):
+        planner.plan_run(cfg, gpu, utilisation=30)
