@@ -64,6 +64,11 @@ class LitRWKV(pl.LightningModule):
         # Lightning's own refuses fused optimizers under autocast, though without a loss scale they need no care
         clip_gradients(self.trainer.strategy, self, gradient_clip_val)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # after all callbacks. A signal or a clock may stop one process alone: the others would wait for it for ever
+        if self.trainer.world_size > 1:
+            self.trainer.should_stop = self.trainer.strategy.reduce_boolean_decision(self.trainer.should_stop, all=False)
+
     def train_dataloader(self) -> DataLoader:
         # called before each mini-epoch: the dataset knows which one before an iterator, or a worker, is made from it
         ours, its = (self.trainer.global_rank, self.trainer.world_size), (self.dataset.rank, self.dataset.world_size)
