@@ -13,18 +13,12 @@ Source: arXiv 2404.05892 section 4; `RWKV_Tmix_x052`, `RWKV_CMix_x052` in RWKV-L
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_nb.wkv import wkv5
 
+from . import fused
 from .config import ModelConfig
-
-
-def token_shift(x: Tensor, x_prev: Tensor) -> Tensor:
-    """x (B, T, D) moved one step into the past; x_prev (B, D) comes before the first step."""
-    before = x_prev.to(x.dtype).unsqueeze(1)  # (B, 1, D)
-    return before if x.shape[1] == 1 else torch.cat((before, x[:, :-1]), dim=1)
 
 
 def _mix_parameter(config: ModelConfig) -> nn.Parameter:
@@ -54,19 +48,14 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, x_prev: Tensor, wkv_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D), wkv_state (B, H, N, N) -> out (B, T, D) and the two states after it."""
         B, T, _ = x.shape
-        shifted = token_shift(x, x_prev)
-        r = self.receptance(torch.lerp(shifted, x, self.time_mix_r)).view(B, T, *self.heads)
-        k = self.key(torch.lerp(shifted, x, self.time_mix_k)).view(B, T, *self.heads)
-        v = self.value(torch.lerp(shifted, x, self.time_mix_v)).view(B, T, *self.heads)
-        g = F.silu(self.gate(torch.lerp(shifted, x, self.time_mix_g)))  # (B, T, A)
+        mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g
+        xk, xv, xr, xg = fused.mix(x, x_prev, *mixes)  # four times (B, T, D)
+        r = self.receptance(xr).view(B, T, *self.heads)
+        k = self.key(xk).view(B, T, *self.heads)
+        v = self.value(xv).view(B, T, *self.heads)
         y, wkv_state = wkv5(r, k, v, self.time_decay, self.time_faaaa, wkv_state)  # (B, T, H, N)
-        y = self.norm(y) * g
+        y = fused.normed_gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, self.eps)  # (B, T, A)
         return self.output(y.to(x.dtype)), x[:, -1].clone(), wkv_state
-
-    def norm(self, y: Tensor) -> Tensor:
-        """Each head on its own to mean 0 and variance 1, then ln_x's weight and bias: (B, T, H, N) -> (B, T, A)."""
-        y = F.layer_norm(y if y.dtype == torch.float64 else y.float(), y.shape[-1:], eps=self.eps)
-        return torch.addcmul(self.ln_x.bias.to(y.dtype), y.flatten(2), self.ln_x.weight.to(y.dtype))
 
 
 class ChannelMix(nn.Module):
@@ -81,7 +70,6 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, x_prev: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D) -> out (B, T, D) and the state after it."""
-        shifted = token_shift(x, x_prev)
-        k = torch.relu(self.key(torch.lerp(shifted, x, self.time_mix_k))).square()  # (B, T, F)
-        r = torch.sigmoid(self.receptance(torch.lerp(shifted, x, self.time_mix_r)))  # (B, T, D)
-        return r * self.value(k), x[:, -1].clone()
+        xk, xr = fused.mix(x, x_prev, self.time_mix_k, self.time_mix_r)  # twice (B, T, D)
+        k = fused.relu2(self.key(xk))  # (B, T, F)
+        return fused.gate(self.receptance(xr), self.value(k), x.dtype), x[:, -1].clone()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import token_shift
+from .fused import token_shift
 
 
 class MishGLU(nn.Module):
