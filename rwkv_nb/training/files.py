@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-_TEMPORARY = re.compile(r"\.rwkv-.+\.(?:pth|state)\.(\d+)\.tmp")
+_TEMPORARY = re.compile(r"(?:\.rwkv-.+\.(?:pth|state)|vocab\.json)\.(\d+)\.tmp")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file larger than allowed
 _ORPHAN_AFTER = 24 * 3600.0  # seconds; a process of another machine cannot be asked whether it lives
 _DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError,
@@ -118,7 +118,7 @@ def remove_orphans(folder: str | os.PathLike) -> list[str]:
     The process in the name must be gone, or be this one, which is not writing now; or the file is a day old.
     """
     removed = []
-    for path in sorted(Path(folder).glob(".rwkv-*.tmp")):
+    for path in sorted(Path(folder).glob("*.tmp")):
         match = _TEMPORARY.fullmatch(path.name)
         with contextlib.suppress(FileNotFoundError):
             if match and (not _alive(int(match[1])) or time.time() - path.stat().st_mtime > _ORPHAN_AFTER):
