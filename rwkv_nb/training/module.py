@@ -67,7 +67,8 @@ class LitRWKV(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # after all callbacks. A signal or a clock may stop one process alone: the others would wait for it for ever
         if self.trainer.world_size > 1:
-            self.trainer.should_stop = self.trainer.strategy.reduce_boolean_decision(self.trainer.should_stop, all=False)
+            stop = self.trainer.strategy.reduce_boolean_decision(self.trainer.should_stop, all=False)
+            self.trainer.should_stop = stop
 
     def train_dataloader(self) -> DataLoader:
         # called before each mini-epoch: the dataset knows which one before an iterator, or a worker, is made from it

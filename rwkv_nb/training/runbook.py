@@ -123,8 +123,10 @@ class RunBook(pl.Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        failed = None
-        if self._batches % self.cfg.accumulate_grad_batches == 0 and self._saved_at != (self._epoch, self._batches):
+        failed, unsaved = None, self._saved_at != (self._epoch, self._batches)
+        if trainer.world_size > 1:  # the first process may have failed to write
+            unsaved = trainer.strategy.reduce_boolean_decision(unsaved, all=False)
+        if self._batches % self.cfg.accumulate_grad_batches == 0 and unsaved:
             try:
                 self._save_state(trainer, pl_module, last=True)
             except OSError as error:
@@ -153,7 +155,8 @@ class RunBook(pl.Callback):
             everyone: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, ranks[0])
             ranks = everyone
-        self._last_save = time.monotonic()
+        self._last_save, before = time.monotonic(), self._saved_at
+        self._saved_at = (self._epoch, self._batches)
         if not trainer.is_global_zero:
             return None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -169,11 +172,11 @@ class RunBook(pl.Callback):
         try:
             state.save(path)
         except OSError as error:
+            self._saved_at = before
             if last:
                 raise
             warnings.warn(f"{error}; the run goes on", stacklevel=2)
             return None
-        self._saved_at = (self._epoch, self._batches)
         self._ours.add(path)
         aside = prune_states(self.folder, self._ours, self._began, self.cfg.epoch_steps)
         if aside and self.cfg.my_pile_stage >= 2:  # stage 0 begins anew, and its files are overwritten one by one
