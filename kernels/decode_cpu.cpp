@@ -213,7 +213,9 @@ struct Worker {
 
     template <class Use>
     void product(const Matrix& m, const float* x, Use use) {
-        const int64_t from = share(m.rows, me), to = share(m.rows, me + 1);
+        // Shares are whole tiles of rows, so that a row is summed in the same order whatever the number of threads.
+        const int64_t from = 4 * share(m.rows / 4, me);
+        const int64_t to = me + 1 == threads ? m.rows : 4 * share(m.rows / 4, me + 1);
         if (p.storage == F32) blocks<F32>(m, from, to, x, use);
         else if (p.storage == BF16) blocks<BF16>(m, from, to, x, use);
         else blocks<INT8>(m, from, to, x, use);
