@@ -64,6 +64,9 @@ def find_start(cfg: TrainConfig, n_tokens: int = 0) -> Start:
     """
     if cfg.load_model.endswith(".state"):
         path = Path(cfg.load_model)
+        if not path.is_file():
+            raise FileNotFoundError(f"load_model={path}: no such state; older ones are removed as a run goes on, see "
+                                    f"the folder for rwkv-N.state and rwkv-N.B.state")
         state = TrainerState.load(path)
         reason = _unusable(state, cfg, n_tokens)
         if reason:
@@ -125,8 +128,8 @@ def complete(state: TrainerState, path: Path, folder: Path, precision: str) -> P
 def prune_states(proj_dir: str | os.PathLike, ours: set[Path], start: Position, epoch_steps: int) -> list[str]:
     """Keep the two newest states; returns the names of those set aside.
 
-    ours: those that this run has written or went on from. Any other at or beyond `start` belongs to a run that was given
-    up, or cannot be read, and would pass for the newest: it is renamed NAME.old, of which the two newest stay as well.
+    ours: those that this run has written or went on from. Any other at or beyond `start` is of a run that was given up,
+    or cannot be read, and would pass for the newest: it is renamed NAME.old, of which the two newest stay as well.
     """
     aside, kept = [], []
     for epoch, batch, path in list_states(proj_dir):

@@ -1,28 +1,21 @@
 """Going on: a run stopped anywhere is the uninterrupted run, bit for bit; which file it goes on from, and why."""
 
 import os
-import random
 import re
 import shutil
 import signal
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from rwkv_nb.data.dataset import DataConfig, TokenDataset
 from rwkv_nb.model.rwkv import RWKV
-from rwkv_nb.training import config, resume, rules
-from rwkv_nb.training.checkpoint import load_checkpoint, save_checkpoint
+from rwkv_nb.training import config, rules
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.files import CheckpointError
 from rwkv_nb.training.interrupts import Interrupted
-from rwkv_nb.training.resume import find_start
 from rwkv_nb.training.trainer import train
 from rwkv_nb.training.trainer_state import TrainerState
 
@@ -141,3 +134,114 @@ def test_the_optimizer_goes_on_where_it_was(cfg):
     assert from_state.losses == whole.losses[6:]
     assert from_weights.losses[0] == from_weights.losses[0] and from_weights.losses[1:] != whole.losses[7:]
     assert from_weights.rates[0][0] < from_state.rates[0][0] / 10, "warm-up again, as officially"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave(cfg, number):
+    cfg = prepare(cfg)
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    spy, rest, whole = Spy(3, number), Spy(), Spy()
+    with pytest.raises(Interrupted) as found:
+        run(cfg, spy, raise_interrupt=True)
+    assert found.value.exit_code == 128 + number and number.name in str(found.value)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert names(cfg) == ["rwkv-0.3.state", "rwkv-final.pth", "rwkv-init.pth"] and len(spy.losses) == 3
+    assert isinstance(run(cfg, Spy(2, number)), RWKV), "in a notebook an interrupt is a normal end"
+    run(cfg, rest)
+    run(copy_of(cfg, "whole"), whole)
+    assert len(rest.losses) == 11 and rest.losses == whole.losses[5:]
+
+
+def test_an_interrupt_within_a_step_waits_for_its_end(cfg):
+    cfg = prepare(cfg.replace(micro_bsz=1, accumulate_grad_batches=4))
+    spy = Spy(6)
+    run(cfg, spy)
+    assert len(spy.losses) == 8 and "rwkv-0.8.state" in names(cfg), "two steps of four batches"
+
+
+def test_a_second_interrupt_is_immediate(cfg):
+    class Impatient(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    cfg = prepare(cfg.replace(save_steps=1))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as found:
+        run(cfg, Impatient())
+    assert not isinstance(found.value, Interrupted) and signal.getsignal(signal.SIGINT) is before
+    assert names(cfg) == ["rwkv-0.1.state", "rwkv-0.2.state", "rwkv-init.pth"], "only what was there"
+
+
+def test_a_run_that_is_over_ends_at_once(cfg):
+    cfg = prepare(cfg)
+    run(cfg)
+    before, listed = contents(cfg, "rwkv-*"), names(cfg)
+    for ending in (cfg, cfg.replace(my_exit=1, my_exit_tokens=0)):  # tokens used up, last mini-epoch done
+        spy = Spy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(ending, spy)
+        assert spy.losses == [] and contents(cfg, "rwkv-*") == before and names(cfg) == listed
+
+
+def test_my_exit_then_more(cfg):
+    cfg = prepare(cfg.replace(my_exit_tokens=0, my_exit=0, lr_final=5e-3))
+    longer, whole = copy_of(cfg, "longer"), Spy()
+    run(cfg)
+    run(longer.replace(my_exit=1), whole)
+    more = Spy()
+    with pytest.warns(UserWarning, match="my_exit: 0 -> 1"):
+        run(cfg.replace(my_exit=1), more)
+    assert len(whole.losses) == 12 and more.losses == whole.losses[6:]
+    assert contents(cfg) == contents(longer)
+
+
+def test_states_are_few_and_do_not_change_the_run(cfg):
+    cfg = prepare(cfg)
+    often, never = copy_of(cfg, "often").replace(save_steps=2), copy_of(cfg, "never").replace(save_state=False)
+    minutes = copy_of(cfg, "minutes").replace(save_minutes=1e-9)
+    for c in (cfg, often, never, minutes):
+        run(c)
+    assert contents(often) == contents(cfg) == contents(never) == contents(minutes)
+    assert names(never) == sorted(contents(cfg)), "not one state"
+    assert [n for n in names(often) if "state" in n] == ["rwkv-2.2.state", "rwkv-2.4.state"]
+    assert [n for n in names(minutes) if "state" in n] == ["rwkv-2.3.state", "rwkv-2.4.state"]
+    assert [n for n in names(cfg) if "state" in n] == ["rwkv-1.state", "rwkv-2.4.state"]
+
+
+def test_any_stage_goes_on_from_a_state_that_is_named(cfg):
+    cfg = prepare(cfg).replace(my_pile_stage=0, magic_prime=0, epoch_steps=6, epoch_count=3)
+    whole, first, rest = Spy(), Spy(4), Spy()
+    run(cfg, whole)
+    broken = copy_of(cfg, "broken")
+    run(broken, first)
+    run(broken.replace(load_model=f"{broken.proj_dir}/rwkv-0.4.state"), rest)
+    assert first.losses + rest.losses == whole.losses
+    with pytest.raises(FileNotFoundError, match=r"rwkv-0\.4\.state: no such state; older ones are removed"):
+        run(broken.replace(load_model=f"{broken.proj_dir}/rwkv-0.4.state"))
+    with pytest.raises(CheckpointError, match=r"rwkv-2\.4\.state: cannot go on from there: ctx_len=4, it was 8"):
+        run(broken.replace(load_model=f"{broken.proj_dir}/rwkv-2.4.state", ctx_len=4))
+
+
+def test_a_full_disk_within_the_run_is_only_said(cfg, monkeypatch):
+    cfg = prepare(cfg.replace(save_steps=2))
+    full, save = copy_of(cfg, "full"), TrainerState.save
+    run(cfg)
+
+    def no_room(self, path):
+        if self.epoch == 1:
+            raise OSError(28, f"{path}: not written, there is no room")
+        return save(self, path)
+
+    monkeypatch.setattr(TrainerState, "save", no_room)
+    with pytest.warns(UserWarning, match=r"rwkv-1\.\d\.state: not written.*the run goes on"):
+        run(full)
+    assert contents(full) == contents(cfg)
+    monkeypatch.setattr(TrainerState, "save", lambda self, path: no_room(self, path) if self.epoch < 2 else 1 / 0)
+    last = copy_of(cfg, "last")
+    with warnings.catch_warnings(), pytest.raises(OSError, match=r"rwkv-1\.6\.state"):
+        warnings.simplefilter("ignore")
+        run(last.replace(my_exit=1))
+    assert contents(last)["rwkv-final.pth"] == contents(last)["rwkv-1.pth"], "the weights are there all the same"
