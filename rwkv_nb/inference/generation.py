@@ -4,27 +4,24 @@
         print(piece, end="")
 
 `generate` returns a `Generation`: iterate over it for the pieces of text, ask it for `text`, `tokens`, `state`.
+`generate_batch` writes several texts at once, for little more than the time of one.
 
-Penalties for repetition, as in the `rwkv` package: a token that was generated (the prompt does not count) loses
-alpha_presence + alpha_frequency * occ from its logit, where occ counts its occurrences. At each step all occ are first
-multiplied by alpha_decay; then the new token's grows by 1, or by 0 if its text is a digit, a space or a tab.
-
-What it is not: the choice of a token, which is in `sampling.py`; the strategies for large models.
+What it is not: the choice of a token (`sampling.py`), penalties and stop strings (`row.py`), or strategies for large
+models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from rwkv_nb.data.tokenizer import IncrementalDecoder, WorldTokenizer
+from rwkv_nb.data.tokenizer import WorldTokenizer
 from rwkv_nb.model.rwkv import RWKV
 
-from .sampling import SamplingArgs, sample_logits
-
-NOT_COUNTED = frozenset(" \t0123456789")  # texts of tokens that repeat without growing penalty
+from .row import Row
+from .sampling import SamplingArgs
 
 
 def generate(
@@ -35,11 +32,12 @@ def generate(
     args: SamplingArgs | None = None,
     state: list[Tensor] | None = None,
     generator: torch.Generator | None = None,
+    stop: Sequence[str] = (),
 ) -> Generation:
     """Continue a prompt by up to n_tokens tokens.
 
     Args:
-        model: an `RWKV`. Dropout is off while it writes, whatever its mode.
+        model: an `RWKV`, a `Decoder`, or what is called like them. Dropout is off while it writes, whatever its mode.
         tokenizer: WorldTokenizer or CharTokenizer, the one that the model was trained with.
         prompt: read before the first draw. An empty one stands for the start of a text: token 0, the end of the
             document before, with the World tokenizer; a newline with characters.
@@ -47,6 +45,7 @@ def generate(
         args: settings; None takes the defaults.
         state: continue after what this state has read; None starts fresh. It is not changed.
         generator: a CPU torch.Generator for repeatable draws.
+        stop: texts that end the writing when they appear, and are not shown themselves.
 
     Returns:
         A `Generation`. Nothing is computed before it is iterated over.
@@ -54,7 +53,7 @@ def generate(
     Raises:
         ValueError: model and tokenizer do not belong together, the prompt cannot be encoded, or n_tokens < 0.
     """
-    return Generation(model, tokenizer, prompt, n_tokens, args or SamplingArgs(), state, generator)
+    return Generation(model, tokenizer, prompt, n_tokens, args or SamplingArgs(), state, generator, stop)
 
 
 def start_tokens(tokenizer) -> list[int]:
@@ -77,29 +76,23 @@ class Generation:
         tokens: ids drawn so far, without the stop token.
         text: their text so far.
         state: the model's state after the prompt and all of `tokens`. Valid between pieces and at the end, so that
-            `generate(…, prompt=more, state=self.state)` goes on from there.
+            `generate(…, prompt=more, state=self.state)` goes on from there. After a stop string it has read that too.
         logits: (V,) the model's prediction for the token after those, without penalties.
-        stopped_by: the token of args.token_stop that ended the text; None if there was none.
+        stopped_by: the token of args.token_stop or the text of `stop` that ended the writing; None if there was none.
     """
 
-    def __init__(self, model, tokenizer, prompt, n_tokens, args, state, generator):
-        if not isinstance(n_tokens, int) or n_tokens < 0:
-            raise ValueError(f"generate: n_tokens = {n_tokens!r} must be a whole number of at least 0")
-        V = model.config.vocab_size
-        if tokenizer.vocab_size != V:
-            raise ValueError(
-                f"generate: the tokenizer has vocab_size = {tokenizer.vocab_size}, the model {V}; "
-                "use the tokenizer that the model was trained with"
-            )
-        self.model, self.tokenizer, self.args, self.generator = model, tokenizer, args, generator
-        self.n_tokens = n_tokens
+    def __init__(self, model, tokenizer, prompt, n_tokens, args, state, generator, stop=()):
+        check_tokenizer(model, tokenizer)
+        self.model, self.tokenizer, self.args = model, tokenizer, args
         self.prompt_tokens = tokenizer.encode(prompt) or start_tokens(tokenizer)
-        self.tokens: list[int] = []
-        self.text = ""
         self.state = state
         self.logits: Tensor | None = None
-        self.stopped_by: int | None = None
+        self._row = Row(tokenizer, model.config.vocab_size, n_tokens, args, stop, generator)
         self._pieces = self._write()
+
+    tokens = property(lambda self: self._row.tokens)
+    text = property(lambda self: self._row.text)
+    stopped_by = property(lambda self: self._row.stopped_by)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -107,45 +100,91 @@ class Generation:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    @torch.no_grad()
-    def _read(self, tokens: list[int]) -> None:
-        """Feed tokens to the model in chunks; leaves state and logits after the last."""
-        device = self.model.emb.weight.device
-        dropping = self.model.training and self.model.config.dropout > 0
-        if dropping:
-            self.model.eval()
-        try:
-            for start in range(0, len(tokens), self.args.chunk_len):
-                idx = torch.tensor([tokens[start : start + self.args.chunk_len]], device=device)
-                logits, self.state = self.model(idx, self.state, full_output=False)
-        finally:
-            if dropping:
-                self.model.train()
-        self.logits = logits[0, -1].float().cpu()
+    def cancel(self) -> None:
+        """Write no more: the iteration ends after the token at hand. From any thread; `state` stays valid."""
+        self._row.over = True
 
     def _write(self) -> Iterator[str]:
-        args, decoder = self.args, IncrementalDecoder(self.tokenizer)
-        self._read(self.prompt_tokens)
-        n_known = max(self.tokenizer.vocab) + 1  # the World vocabulary leaves a few ids without a text
-        seen = torch.zeros(len(self.logits), dtype=torch.bool)
-        occ = torch.zeros(len(self.logits), dtype=torch.float64)
-        while len(self.tokens) < self.n_tokens:
-            logits = self.logits - (seen * args.alpha_presence + occ * args.alpha_frequency)
-            logits[n_known:] = -torch.inf
-            token = sample_logits(logits, args, self.generator)
-            if token in args.token_stop:
-                self.stopped_by = token
+        self.logits, self.state = read(self.model, self.prompt_tokens, self.state, self.args.chunk_len)
+        while not self._row.over:
+            token = self._row.draw(self.logits)
+            if token is None:
                 break
-            occ *= args.alpha_decay
-            seen[token] = True
-            occ[token] += self.tokenizer.decode([token]) not in NOT_COUNTED
-            self._read([token])
-            self.tokens.append(token)
-            piece = decoder.push(token)
-            self.text += piece
-            if piece:
+            self.logits, self.state = read(self.model, [token], self.state, self.args.chunk_len)
+            if piece := self._row.take(token):
                 yield piece
-        rest = decoder.finish()  # bytes of a character that was never completed, as U+FFFD
-        self.text += rest
-        if rest:
+        if rest := self._row.finish():
             yield rest
+
+
+def generate_batch(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    n_tokens: int,
+    args: SamplingArgs | None = None,
+    states: Sequence[list[Tensor] | None] | None = None,
+    generators: Sequence[torch.Generator | None] | None = None,
+    stop: Sequence[str] = (),
+) -> list[Row]:
+    """Continue several prompts together; each row is what `generate` would write for it alone, with its own generator.
+
+    Args: as `generate`, one prompt, state and generator a row. Prompts may differ in length: each is read on its own,
+        then all rows take their steps together, and a row that is over leaves.
+
+    Returns:
+        A `Row` for each prompt, with `text`, `tokens`, `stopped_by`, and `state`, its own state at the end.
+    """
+    check_tokenizer(model, tokenizer)
+    args, n = args or SamplingArgs(), len(prompts)
+    states, generators = list(states or [None] * n), list(generators or [None] * n)
+    if not n == len(states) == len(generators):
+        raise ValueError(
+            f"generate_batch: {n} prompts, {len(states)} states, {len(generators)} generators; give one of each a row"
+        )
+    rows = [Row(tokenizer, model.config.vocab_size, n_tokens, args, stop, g) for g in generators]
+    tokens = [tokenizer.encode(prompt) or start_tokens(tokenizer) for prompt in prompts]
+    logits: list[Tensor] = [torch.empty(0)] * n
+    for i in range(n):
+        logits[i], states[i] = read(model, tokens[i], states[i], args.chunk_len)
+    while active := [i for i in range(n) if not rows[i].over]:
+        drawn = {i: token for i in active if (token := rows[i].draw(logits[i])) is not None}
+        if not drawn:
+            break
+        together = [torch.cat(parts) for parts in zip(*(states[i] for i in drawn), strict=True)]
+        found, together = _step(model, torch.tensor([[token] for token in drawn.values()]), together)
+        for b, (i, token) in enumerate(drawn.items()):
+            logits[i], states[i] = found[b, -1].float().cpu(), [x[b : b + 1] for x in together]
+            rows[i].take(token)
+    for row, state in zip(rows, states, strict=True):
+        row.finish()
+        row.state = state
+    return rows
+
+
+def read(model, tokens: list[int], state: list[Tensor] | None, chunk_len: int) -> tuple[Tensor, list[Tensor]]:
+    """Feed tokens to the model in chunks: the logits (V,) after the last, float32 on the CPU, and the state."""
+    for start in range(0, len(tokens), chunk_len):
+        logits, state = _step(model, torch.tensor([tokens[start : start + chunk_len]]), state)
+    return logits[0, -1].float().cpu(), state
+
+
+@torch.no_grad()
+def _step(model, idx: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    dropping = model.training and model.config.dropout > 0
+    if dropping:
+        model.eval()
+    try:
+        return model(idx.to(model.emb.weight.device), state, full_output=False)
+    finally:
+        if dropping:
+            model.train()
+
+
+def check_tokenizer(model, tokenizer) -> None:
+    """Raise ValueError if these two cannot belong together."""
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"generate: the tokenizer has vocab_size = {tokenizer.vocab_size}, the model {model.config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )

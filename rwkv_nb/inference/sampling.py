@@ -5,8 +5,8 @@ agree with it wherever it is right. Where it is not: top_p = 1 keeps everything 
 below 1 makes it greedy), a very small temperature does not divide zero by zero (powers are taken as logarithms),
 and tokens of equal probability at the cut are taken in the order of their ids, not all of them.
 
-Symbols: V vocabulary size, p probabilities. Everything is computed on the CPU in float64. What it is not: the
-penalties for repetition, which need the history of a text: see `generation.py`.
+Symbols: V vocabulary size, p probabilities. Everything is computed on the CPU in float64, row by row. What it is not:
+the penalties for repetition, which need the history of a text: see `row.py`.
 """
 
 from __future__ import annotations
@@ -68,16 +68,19 @@ def _check_filter(where: str, temperature: float, top_p: float, top_k: int) -> N
 
 
 def filter_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 0.85, top_k: int = 0) -> Tensor:
-    """The probabilities a token is drawn with: (V,) logits -> (V,) float64, sum 1, zeros for what was cut.
+    """The probabilities a token is drawn with: logits (V,) -> (V,) float64, sum 1, zeros for what was cut.
 
-    A logit of -inf is a token that is never drawn.
+    Rows (B, V) give (B, V). A logit of -inf is a token that is never drawn. The result is on the device of the logits.
 
     Raises:
-        ValueError: logits not (V,), NaN or +inf among them, or nothing left; a setting outside its range.
+        ValueError: logits not (V,) or (B, V), NaN or +inf among them, or nothing left; a setting outside its range.
     """
     _check_filter("filter_probs", temperature, top_p, top_k)
-    if logits.dim() != 1 or logits.numel() == 0:
-        raise ValueError(f"filter_probs: logits must be one row (V,), got shape {tuple(logits.shape)}")
+    if logits.dim() not in (1, 2) or logits.shape[-1] == 0:
+        raise ValueError(f"filter_probs: logits must be a row (V,) or rows (B, V), got shape {tuple(logits.shape)}")
+    if logits.dim() == 2:
+        rows = [filter_probs(row, temperature, top_p, top_k) for row in logits.cpu()]
+        return torch.stack(rows).to(logits.device) if rows else logits.double()
     log_p = torch.log_softmax(logits.detach().to("cpu", torch.float64), dim=-1)
     if log_p.isnan().any():
         raise ValueError("filter_probs: the logits hold NaN or +inf, or every token is banned (all are -inf)")
@@ -94,13 +97,14 @@ def filter_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 0.85, 
         keep = min(keep, top_k)
     kept = order[:keep]
     sharpened = (log_p[kept] - log_p[kept[0]]) / (temperature or 1.0)  # the first is the largest: 0
-    return torch.zeros_like(p).index_copy_(0, kept, torch.softmax(sharpened, dim=0))
+    return torch.zeros_like(p).index_copy_(0, kept, torch.softmax(sharpened, dim=0)).to(logits.device)
 
 
-def sample_logits(logits: Tensor, args: SamplingArgs, generator: torch.Generator | None = None) -> int:
-    """Draw one token id from logits (V,), without those in args.token_ban. The logits are not changed.
+def sample_logits(logits: Tensor, args: SamplingArgs, generator: torch.Generator | None = None) -> int | list[int]:
+    """Draw a token id from logits (V,), or one for each of (B, V), without those in args.token_ban.
 
     Args:
+        logits: on any device; not changed.
         generator: a torch.Generator on the CPU; None uses torch's global one.
 
     Raises:
@@ -112,6 +116,7 @@ def sample_logits(logits: Tensor, args: SamplingArgs, generator: torch.Generator
                 f"sample_logits: token_ban holds {max(args.token_ban)}, the vocabulary ends at {logits.shape[-1] - 1}"
             )
         logits = logits.clone()
-        logits[list(args.token_ban)] = -math.inf
-    probs = filter_probs(logits, args.temperature, args.top_p, args.top_k)
-    return int(torch.multinomial(probs, 1, generator=generator))
+        logits[..., list(args.token_ban)] = -math.inf
+    probs = filter_probs(logits, args.temperature, args.top_p, args.top_k).cpu()
+    drawn = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    return drawn.tolist()

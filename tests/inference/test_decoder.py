@@ -82,9 +82,9 @@ def test_other_sizes(sizes, storage):
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     model = make_model(n_layer=3)
     decoder = Decoder(model, "float32")
-    ids = torch.tensor([[1, 2, 3, 4]])
+    ids = torch.tensor([[1, 2]])
     want, _ = walk(decoder.step, ids, model.new_state())
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert torch.equal(walk(decoder.step, ids, model.new_state())[0], want), threads
     decoder._step.parallel = decoder._step.team = None  # without torch's own pool

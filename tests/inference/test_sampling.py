@@ -144,7 +144,7 @@ def test_broken_logits_are_named(bad):
     x[3] = bad
     with pytest.raises(ValueError, match="NaN or \\+inf"):
         filter_probs(x)
-    with pytest.raises(ValueError, match="one row"):
+    with pytest.raises(ValueError, match="a row (V,)"):
         filter_probs(torch.zeros(2, 3))
 
 
@@ -169,3 +169,14 @@ def test_bad_settings_are_named(bad):
     name = next(iter(bad))
     with pytest.raises(ValueError, match=f"SamplingArgs: {name} = "):
         SamplingArgs(**bad)
+
+
+def test_rows_are_what_each_is_alone():
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
+    together = filter_probs(logits, 0.7, 0.8, 9)
+    assert together.shape == (5, 40)
+    assert all(torch.equal(together[i], filter_probs(logits[i], 0.7, 0.8, 9)) for i in range(5))
+    args = SamplingArgs(temperature=0, token_ban=(int(logits[2].argmax()),))
+    drawn = sample_logits(logits, args)
+    assert drawn == [sample_logits(row, args) for row in logits] and drawn[2] not in args.token_ban
+    assert filter_probs(logits[:0]).shape == (0, 40)
