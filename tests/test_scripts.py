@@ -34,6 +34,7 @@ def data(tmp_path_factory):
     return make_data(folder / "demo.jsonl", folder / "demo", 1, 16, seed=0)
 
 
+@pytest.mark.slow
 def test_prepare_then_run(data, tmp_path):
     sizes = {"DATA": data.prefix, "BASE_NAME": tmp_path / "m", "N_LAYER": 2, "N_EMBD": 64, "CTX_LEN": 16}
     prepared = run("prepare", **sizes)

@@ -36,7 +36,7 @@ def run_loggers(cfg: TrainConfig) -> list[Logger]:
     elif cfg.logger == "tensorboard":
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        made.append(TensorBoardLogger(cfg.proj_dir, name="tensorboard"))
+        made.append(TensorBoardLogger(cfg.proj_dir, name="tensorboard", default_hp_metric=False))
     if cfg.wandb:
         from pytorch_lightning.loggers import WandbLogger
 

@@ -169,7 +169,7 @@ def test_tensorboard_is_lightnings_logger(cfg, monkeypatch):
     made = []
     monkeypatch.setattr("pytorch_lightning.loggers.TensorBoardLogger", lambda *a, **k: made.append((a, k)) or "logger")
     assert run_loggers(cfg.replace(logger="tensorboard")) == ["logger"]
-    assert made == [((cfg.proj_dir,), {"name": "tensorboard"})]
+    assert made == [((cfg.proj_dir,), {"name": "tensorboard", "default_hp_metric": False})]
 
 
 def test_banner_of_the_articles_run():
