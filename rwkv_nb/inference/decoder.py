@@ -6,8 +6,8 @@
 Writing reads every weight once a token, so memory is what limits it; products of one row with a matrix in PyTorch reach
 about a third of that limit. Prompts (T > 1) go through the RWKV itself, time-parallel, with the same stored weights.
 
-What it is not: for training, for a GPU, or for the rare options of the model (pre_ffn, head_qk, tiny_att, my_pos_emb).
-The mathematics is in the header of `kernels/decode_cpu.cpp`.
+What it is not: for training, for a GPU, or for the rare options of the model (`rwkv_nb.model.options`). The mathematics
+is in the header of `kernels/decode_cpu.cpp`.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class Decoder:
 
     def __init__(self, model: RWKV, storage: str = "bfloat16"):
         c = model.config
-        for name in ("pre_ffn", "head_qk", "tiny_att_dim", "my_pos_emb"):
-            if getattr(c, name, 0) > 0:
-                raise ValueError(f"Decoder: the model has {name} = {getattr(c, name)}; call the RWKV itself")
+        for name in ("pre_ffn", "head_qk", "tiny_att_dim", "my_pos_emb", "my_testing"):
+            if getattr(c, name):
+                raise ValueError(f"Decoder: the model has {name} = {getattr(c, name)!r}; call the RWKV itself")
         if model.emb.weight.device.type != "cpu":
             raise ValueError(f"Decoder: the model is on {model.emb.weight.device}; it must be on the CPU")
         for name in ("n_embd", "dim_att", "dim_ffn", "head_size_a"):

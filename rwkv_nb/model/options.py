@@ -18,6 +18,8 @@ Symbols: B batch, T steps, S steps read so far, D n_embd, V vocabulary. What it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,3 +100,16 @@ def copy_logits(logits: Tensor, q: Tensor, k: Tensor, tokens: Tensor) -> Tensor:
     votes = (q @ k.mT * (1.0 / n)).tril(S - T)  # (B, T, S)
     wide = torch.promote_types(logits.dtype, torch.float32)  # a frequent token gathers many small votes
     return logits.to(wide).scatter_add(2, tokens.unsqueeze(1).expand_as(votes), votes.to(wide)).to(logits.dtype)
+
+
+def join_states(states: Sequence[list[Tensor]]) -> list[Tensor]:
+    """One state for the rows of several: states of the same model, whatever each has read.
+
+    With head_qk their histories may differ in length. The shorter ones get keys of zero in front, which have no vote.
+    """
+    joined = []
+    for parts in zip(*states, strict=True):
+        S = max(x.shape[1] if x.dim() > 1 else 0 for x in parts)
+        fill = [(0, 0) * (x.dim() - 2) + (S - x.shape[1], 0) if x.dim() > 1 else (0, 0) for x in parts]
+        joined.append(torch.cat([F.pad(x, n) if any(n) else x for x, n in zip(parts, fill, strict=True)]))
+    return joined

@@ -8,6 +8,7 @@ import torch
 
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import init_weights, parameter_shapes
+from rwkv_nb.model.options import join_states
 from rwkv_nb.model.rwkv import RWKV, check_weights
 
 SIZES = {"n_layer": 2, "n_embd": 32, "vocab_size": 20, "ctx_len": 15, "head_size_a": 16, "dim_ffn": 64}
@@ -251,6 +252,18 @@ def test_in_pieces_and_token_by_token_as_all_at_once(option):
         later = model(tokens(2, 15, seed=7).where(torch.arange(15) > 9, ids))[0]
     torch.testing.assert_close(later[:, :10], whole[:, :10], rtol=1e-12, atol=1e-12)  # the future does not matter
     assert (later[:, 10:] - whole[:, 10:]).abs().max() > 0.01
+
+
+@every_option
+def test_rows_that_have_read_differently_go_on_together(option):
+    model, ids = model_of(option), tokens(3, 1, seed=5)
+    starts = [model(tokens(rows, T, seed=T))[1] for rows, T in ((1, 9), (2, 4))]
+    together, state = model(ids, join_states(starts))
+    apart = [model(ids[:1], starts[0]), model(ids[1:], starts[1])]
+    torch.testing.assert_close(together, torch.cat([logits for logits, _ in apart]), rtol=1e-12, atol=1e-12)
+    again, _ = model(ids, state)
+    want = [model(ids[:1], apart[0][1])[0], model(ids[1:], apart[1][1])[0]]
+    torch.testing.assert_close(again, torch.cat(want), rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_every_option_at_once():
