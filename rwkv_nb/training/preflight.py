@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rwkv_nb.data import sources
+from rwkv_nb.data.held_out import split
 from rwkv_nb.data.magic_prime import explain
 from rwkv_nb.data.sampler import check_prime
 from rwkv_nb.data.tokenizer import WorldTokenizer
@@ -66,6 +67,13 @@ def _data(cfg: TrainConfig, found: Findings) -> None:
     found.problems += _vocabulary(cfg, source)
     if cfg.data_type in sources.TEXT_TYPES and not found.problems:
         found.changes["vocab_size"] = max(cfg.vocab_size, source.tokenizer.vocab_size)
+    if 0 < cfg.val_split < 1:
+        try:
+            source, _ = split(source, cfg.ctx_len, cfg.val_split)
+            n_starts = source.n_starts(cfg.ctx_len)
+        except ValueError as error:
+            found.problems.append(f"val_split={cfg.val_split}: {error}")
+            return
     if cfg.my_pile_stage not in (1, 2, 3):
         return
     best = explain(source.n_tokens, cfg.ctx_len)
