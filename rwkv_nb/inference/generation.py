@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rwkv_nb.data.tokenizer import WorldTokenizer
+from rwkv_nb.model.options import join_states
 from rwkv_nb.model.rwkv import RWKV
 
 from .row import Row
@@ -151,7 +152,7 @@ def generate_batch(
         drawn = {i: token for i in active if (token := rows[i].draw(logits[i])) is not None}
         if not drawn:
             break
-        together = [torch.cat(parts) for parts in zip(*(states[i] for i in drawn), strict=True)]
+        together = join_states([states[i] for i in drawn])
         found, together = _step(model, torch.tensor([[token] for token in drawn.values()]), together)
         for b, (i, token) in enumerate(drawn.items()):
             logits[i], states[i] = found[b, -1].float().cpu(), [x[b : b + 1] for x in together]

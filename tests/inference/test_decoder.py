@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_nb.data.characters import CharTokenizer
 from rwkv_nb.inference import decoder as decoder_module
 from rwkv_nb.inference.decoder import Decoder
+from rwkv_nb.inference.generation import generate
 from rwkv_nb.inference.packing import GROUP, pack
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import init_weights
@@ -59,6 +61,38 @@ def test_equals_the_model_in_float64(storage, B):
     want, want_state = truth(model, ids, storage)
     assert close(got, want)
     assert all(close(a, b, 4e-6) for a, b in zip(state, want_state, strict=True))
+
+
+@NO_COMPILER
+@pytest.mark.parametrize(
+    ("storage", "products", "tolerance"),
+    [("float32", "float32", 2e-6), ("bfloat16", "float32", 2e-6), ("int8", "float32", 2e-6), ("int8", "bfloat16", 0.05)],
+)
+def test_a_prompt_is_read_as_token_by_token(storage, products, tolerance):
+    model = make_model(n_layer=3)
+    decoder = Decoder(model, storage, products)
+    ids = torch.randint(0, 77, (2, 19), generator=torch.Generator().manual_seed(5))
+    want, want_state = truth(model, ids, storage)
+    logits, state = decoder(ids, None)
+    assert logits.shape == (2, 19, 77) and close(logits, want, tolerance)
+    first, half = decoder(ids[:, :7], None, full_output=False)
+    assert first.shape == (2, 1, 77) and close(first[:, 0], want[:, 6], tolerance)
+    for t in range(7, 19):  # mixed: a prompt, then steps
+        one, half = decoder(ids[:, t : t + 1], half)
+        assert one.shape == (2, 1, 77) and close(one[:, 0], want[:, t], tolerance)
+    assert all(close(a, b, 2 * tolerance) for a, b in zip(half, want_state, strict=True))
+    assert all(close(a, b, 2 * tolerance) for a, b in zip(state, want_state, strict=True))
+
+
+@NO_COMPILER
+def test_it_writes_what_the_model_writes():
+    model = make_model(n_layer=3)
+    tokenizer = CharTokenizer(chr(48 + i) for i in range(77))
+    texts = [
+        "".join(generate(m, tokenizer, "0123", 40, generator=torch.Generator().manual_seed(7)))
+        for m in (model, Decoder(model, "float32"), Decoder(model, "bfloat16"))
+    ]
+    assert texts[0] == texts[1] == texts[2]
 
 
 @NO_COMPILER
@@ -121,11 +155,14 @@ def test_bytes_are_those_of_the_storage():
 def test_what_it_cannot_do_is_said(monkeypatch):
     decoder = Decoder(make_model())
     with pytest.raises(ValueError, match="token ids run from 4 to 77, but this model has vocab_size = 77"):
-        decoder.step(torch.tensor([4, 77]), decoder_module.RWKV.new_state(make_model(), 2))
+        decoder.step(torch.tensor([4, 77]), make_model().new_state(2))
     with pytest.raises(ValueError, match="storage = 'int4': choose from float32, bfloat16, int8"):
         Decoder(make_model(), "int4")
     with pytest.raises(ValueError, match="head_size_a = 8 is no multiple of 16"):
         Decoder(make_model(head_size_a=8))
+    for options, words in [({"head_qk": 8}, "head_qk = 8"), ({"my_testing": "g"}, "my_testing = 'g'")]:
+        with pytest.raises(ValueError, match=f"the model has {words}; call the RWKV itself"):
+            Decoder(make_model(**options))
     monkeypatch.setattr(build, "find_cxx", lambda: None)
     with pytest.raises(build.BuildError, match="no C\\+\\+ compiler was found"):
         Decoder(make_model())
