@@ -131,7 +131,10 @@ class RunBook(pl.Callback):
                 self._save_state(trainer, pl_module, last=True)
             except OSError as error:
                 failed = error
-        self._save_weights(trainer, pl_module, "rwkv-final.pth", last=True)
+        try:
+            self._save_weights(trainer, pl_module, "rwkv-final.pth", last=True)
+        finally:
+            trainer.strategy.barrier("files are complete")  # for every process, also if the first could not write
         if failed is not None:
             raise failed
 
