@@ -24,6 +24,7 @@ from rwkv_nb.wkv import build
 from rwkv_nb.wkv.cpu import openmp
 
 from .packing import Packed, pack
+from .prompt import PromptReader
 
 SOURCE = "decode_cpu.cpp"
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -92,13 +93,15 @@ class Decoder:
     Args:
         model: an RWKV on the CPU without rare options. With "float32" its weights are shared, not copied.
         storage: "float32", "bfloat16" (exact for official files, which hold bfloat16) or "int8".
+        products: what the matrices of a prompt are multiplied in, "float32" or "bfloat16", which is faster on
+            processors that have instructions for it. A single step always computes in float32.
 
     Raises:
         ValueError: the model has a rare option, is not on the CPU, or has sizes that the kernel cannot do.
         build.BuildError: no C++ compiler, or it failed.
     """
 
-    def __init__(self, model: RWKV, storage: str = "bfloat16"):
+    def __init__(self, model: RWKV, storage: str = "bfloat16", products: str = "float32"):
         c = model.config
         for name in ("pre_ffn", "head_qk", "tiny_att_dim", "my_pos_emb", "my_testing"):
             if getattr(c, name):
@@ -116,13 +119,16 @@ class Decoder:
         weights = model.state_dict()
         self._kept: list[Tensor] = []  # what C++ points to
         self.matrices = {name: pack(weights[f"{name}.weight"], storage) for name in _matrix_names(c.n_layer)}
-        self.emb = pack(weights["emb.weight"], "float32" if storage == "float32" else "bfloat16").numbers
+        self._emb = pack(weights["emb.weight"], "float32" if storage == "float32" else "bfloat16").numbers
         self._step = self._describe(weights)
+        rest = {name: x for name, x in weights.items() if name.removesuffix(".weight") not in self.matrices}
+        self._prompt = PromptReader(c, {**rest, "emb.weight": self._emb}, self.matrices, products)
+        self.emb = self._prompt.model.emb  # where callers look for the device
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they are stored."""
-        return sum(m.nbytes for m in self.matrices.values()) + self.emb.nbytes + sum(x.nbytes for x in self._kept)
+        return sum(m.nbytes for m in self.matrices.values()) + self._emb.nbytes + sum(x.nbytes for x in self._kept)
 
     def _describe(self, weights: dict[str, Tensor]) -> _Step:
         """Everything of `struct Step` that stays the same from step to step."""
@@ -151,10 +157,23 @@ class Decoder:
         return _Step(
             n_layer=c.n_layer, D=c.n_embd, A=c.dim_att, F=c.dim_ffn, V=c.vocab_size, N=c.head_size_a,
             storage=FORMATS[head.numbers.dtype], eps_x=1e-5 * c.head_size_divisor**2,
-            parallel=parallel, team=team, emb=self.emb.data_ptr(), emb_storage=FORMATS[self.emb.dtype],
+            parallel=parallel, team=team, emb=self._emb.data_ptr(), emb_storage=FORMATS[self._emb.dtype],
             ln0=norm("blocks.0.ln0"), ln_out=norm("ln_out"),
             layers=ctypes.addressof(layers), states=ctypes.addressof(self._states), head=_matrix(head),
         )  # fmt: skip
+
+    def __call__(
+        self, idx: Tensor, state: list[Tensor] | None = None, *, full_output: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `RWKV.forward`: idx (B, T) -> logits (B, T, V), or (B, 1, V) without full_output, and the state."""
+        if idx.dim() != 2 or idx.shape[1] != 1:
+            return self._prompt(idx, state, full_output=full_output)
+        logits, state = self.step(idx[:, 0], self.new_state(idx.shape[0]) if state is None else state)
+        return logits.unsqueeze(1), state
+
+    def new_state(self, batch_size: int = 1) -> list[Tensor]:
+        """The state before the first token; see `RWKV.new_state`."""
+        return [x.float() for x in self._prompt.model.new_state(batch_size)]
 
     def step(self, ids: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """One token for each of B rows: ids (B,) int64, state as of RWKV -> logits (B, V) float32, the new state."""

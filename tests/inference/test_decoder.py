@@ -66,7 +66,12 @@ def test_equals_the_model_in_float64(storage, B):
 @NO_COMPILER
 @pytest.mark.parametrize(
     ("storage", "products", "tolerance"),
-    [("float32", "float32", 2e-6), ("bfloat16", "float32", 2e-6), ("int8", "float32", 2e-6), ("int8", "bfloat16", 0.05)],
+    [
+        ("float32", "float32", 2e-6),
+        ("bfloat16", "float32", 2e-6),
+        ("int8", "float32", 2e-6),
+        ("int8", "bfloat16", 0.05),
+    ],
 )
 def test_a_prompt_is_read_as_token_by_token(storage, products, tolerance):
     model = make_model(n_layer=3)
@@ -163,6 +168,8 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     for options, words in [({"head_qk": 8}, "head_qk = 8"), ({"my_testing": "g"}, "my_testing = 'g'")]:
         with pytest.raises(ValueError, match=f"the model has {words}; call the RWKV itself"):
             Decoder(make_model(**options))
+    with pytest.raises(ValueError, match="the model has head_qk = 16; call the RWKV itself"):
+        Decoder(make_model(head_qk=16))
     monkeypatch.setattr(build, "find_cxx", lambda: None)
     with pytest.raises(build.BuildError, match="no C\\+\\+ compiler was found"):
         Decoder(make_model())
