@@ -49,13 +49,15 @@ def _model_line(cfg: TrainConfig) -> str:
 def _schedule_lines(cfg: TrainConfig) -> list[str]:
     tokens = cfg.samples_per_epoch * cfg.ctx_len
     last = max(cfg.epoch_begin, cfg.epoch_count - 1)
+    resumes = cfg.my_pile_stage >= 2 and cfg.load_model in ("", "0")
+    begin = "after those of the newest checkpoint" if resumes else f"from {cfg.epoch_begin} on"
     decays = "" if cfg.my_exit_tokens > 0 else f", lr decays until {last}"
     saved = f"saved every {cfg.epoch_save}" if cfg.epoch_save > 0 else "saved only at the end"
     together = f" of {cfg.accumulate_grad_batches} batches" if cfg.accumulate_grad_batches > 1 else ""
     warmup = "the default" if cfg.warmup_steps < 0 else cfg.warmup_steps
     decay = f"{cfg.weight_decay:g}" + (f" to {cfg.weight_decay_final:g}" if cfg.weight_decay_final > 0 else "")
     return [
-        f"Epochs    from {cfg.epoch_begin} on{decays}, {saved}",
+        f"Epochs    {begin}{decays}, {saved}",
         f"          each {cfg.steps_per_epoch:,} steps{together}, {cfg.samples_per_epoch:,} samples, {tokens:,} tokens",
         f"End       {_end(cfg)}",
         f"Adam      lr {cfg.lr_init:g} to {cfg.lr_final:g}, warm-up {warmup} steps, betas {cfg.beta1:g} {cfg.beta2:g}, "

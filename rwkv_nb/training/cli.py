@@ -143,6 +143,11 @@ def first_process() -> bool:
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
+def _show(message: Warning | str, *where: Any) -> None:
+    """A warning as one line, without the place in the code that noticed it."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then train. Exit code 0 for a run that ended, 2 for flags or files that make it impossible.
 
@@ -162,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(banner(cfg), *(f"note: {note}" for note in notes), sep="\n", flush=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of packages, about packages
+        warnings.showwarning = _show
         from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
         from rwkv_nb.training.trainer import train

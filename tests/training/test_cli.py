@@ -344,6 +344,47 @@ def test_torch_is_absent_until_all_checks_have_passed(base, extra, tmp_path):
     assert set(os.listdir(tmp_path)) == {"text.bin", "text.idx"}
 
 
+def test_a_run_prints_banner_table_warnings_and_what_it_wrote(base, capsys, monkeypatch):
+    import warnings
+
+    from rwkv_nb.training import trainer
+
+    runs = []
+
+    def stand_in(cfg, progress, raise_interrupt):
+        runs.append((cfg, progress, raise_interrupt))
+        warnings.warn("rwkv-3.pth: passed over", stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+    monkeypatch.setattr(trainer, "train", stand_in)
+    assert cli.main(words({**base, "my_pile_stage": 1})) == 0
+    out, err = capsys.readouterr()
+    [(cfg, progress, raise_interrupt)] = runs
+    assert (cfg.magic_prime, progress, raise_interrupt) == (179, True, True)
+    written = f"written: {Path('run', 'rwkv-init.pth')}"
+    order = ["# RWKV-5 FP32 on 1x1 CPU", "note: magic_prime: 179", "emb.weight", written]
+    assert [text for text in order if text in out] == order
+    assert sorted(order, key=out.index) == order and err == "warning: rwkv-3.pth: passed over\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(words(base)) == 0
+    assert capsys.readouterr().out == "" and runs[1][1] is False, "the other processes are silent"
+
+
+def test_what_only_lightning_can_refuse_is_one_line(base, capsys, monkeypatch):
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from rwkv_nb import __main__ as door
+    from rwkv_nb.training import trainer
+
+    def refuse(*args, **kwargs):
+        raise MisconfigurationException("No supported gpu backend found!")
+
+    monkeypatch.setattr(trainer, "train", refuse)
+    assert door.main(["train", *words(base)]) == 1
+    said = "python -m rwkv_nb train: Lightning refuses this run: No supported gpu backend found!\n"
+    assert capsys.readouterr().err == said
+
+
 WITHOUT_EFFECT = {"my_ffn_shift", "my_att_shift"}
 
 

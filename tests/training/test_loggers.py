@@ -190,6 +190,8 @@ def test_banner_of_other_runs():
     assert "each 250 steps of 4 batches" in said and "weight decay 0.1 to 0.01" in said and "(made up)" in said
     assert "after mini-epoch 20" in said and "lr decays until 499" in said and "saved only at the end" in said
     assert "interrupt it" in text.banner(TrainConfig())
+    assert "Epochs    from 0 on, lr decays" in said
+    assert "Epochs    after those of the newest checkpoint, saved every 10" in text.banner(MINIPILE)
     assert "lr decays until 71" in text.banner(MINIPILE.replace(my_exit_tokens=0, epoch_begin=3))
 
 
