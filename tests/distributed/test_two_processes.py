@@ -164,16 +164,17 @@ class Losses(Validation):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to hear on Windows")
-def test_torchrun_accumulates_stops_by_time_and_by_a_signal_to_one(flags, tmp_path):
-    """Processes that something else has started, as on a cluster; three runs one after the other."""
+def test_torchrun_accumulates_stops_by_time_or_signal_and_resumes(flags, tmp_path):
+    """Processes that something else has started, as on a cluster; four runs one after the other."""
     flags |= {"accumulate_grad_batches": 2, "micro_bsz": 1}
     whole = {**flags, "my_exit_tokens": 6 * 4 * CTX, "save_steps": 3}
-    timed, asked = ({**flags, "proj_dir": str(tmp_path / name)} for name in ("timed", "asked"))
+    timed, asked = {**flags, "proj_dir": str(tmp_path / "timed")}, {**whole, "proj_dir": str(tmp_path / "asked")}
     process = start(
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
         [{"flags": whole, "out": str(tmp_path)},
          {"flags": timed, "out": str(tmp_path / "timed"), "max_seconds": 0.2, "slow": 0.02},
-         {"flags": asked, "out": str(tmp_path / "asked"), "signal": [1, 5, int(signal.SIGTERM)], "slow": 0.01}],
+         {"flags": asked, "out": str(tmp_path / "asked"), "signal": [1, 5, int(signal.SIGTERM)], "slow": 0.01},
+         {"flags": asked, "out": str(tmp_path / "again")}],
         tmp_path,
     )  # fmt: skip
     alone = {**whole, "devices": 1, "strategy": "auto", "micro_bsz": 4, "accumulate_grad_batches": 1,
@@ -194,7 +195,13 @@ def test_torchrun_accumulates_stops_by_time_and_by_a_signal_to_one(flags, tmp_pa
     assert log_numbers(tmp_path / "timed")[0] == 1
     told = seen(tmp_path / "asked")
     assert told[0]["steps"] == told[1]["steps"] == [0, 1, 1, 2, 2, 3], "the signal came to the second process alone"
-    assert {p.name for p in (tmp_path / "asked").glob("*.pth")} == {"rwkv-init.pth", "rwkv-final.pth"}
+    again = seen(tmp_path / "again")
+    for rank in (0, 1):
+        assert again[rank]["steps"] == [3, 4, 4, 5, 5, 6] and told[rank]["batches"] == ranks[rank]["batches"][:6]
+        assert again[rank]["batches"] == ranks[rank]["batches"][6:]
+        assert again[rank]["losses"] == ranks[rank]["losses"][6:], "both go on as if nothing had been"
+    final, resumed = (load_checkpoint(tmp_path / name / "rwkv-final.pth") for name in ("run", "asked"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in final.items())
     assert gone(tmp_path)
 
 
