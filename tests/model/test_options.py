@@ -8,7 +8,7 @@ import torch
 
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import init_weights, parameter_shapes
-from rwkv_nb.model.options import join_states
+from rwkv_nb.model.options import copy_logits, join_states
 from rwkv_nb.model.rwkv import RWKV, check_weights
 
 SIZES = {"n_layer": 2, "n_embd": 32, "vocab_size": 20, "ctx_len": 15, "head_size_a": 16, "dim_ffn": 64}
@@ -167,6 +167,14 @@ def test_head_qk_is_a_vote_of_every_earlier_token():
                 want[b, t, ids[b, s]] += q[b, t] @ k[b, s] / 6
     assert np.abs(want - plain).max() > 0.1
     np.testing.assert_allclose(logits, want, rtol=1e-12, atol=1e-12)
+
+
+def test_many_small_votes_for_one_token_are_not_rounded_away():
+    ones = torch.ones(1, 1000, 1, dtype=torch.bfloat16)
+    logits = copy_logits(torch.zeros(1, 1000, 3).bfloat16(), ones / 256, ones, torch.full((1, 1000), 2))
+    assert logits.dtype == torch.bfloat16 and not logits[..., :2].any()
+    want = (torch.arange(1000) + 1) / 256  # added one by one in bfloat16 the sum stays at 1
+    torch.testing.assert_close(logits[0, :, 2].float(), want, rtol=0.004, atol=0)
 
 
 @pytest.mark.parametrize("option", ["tiny_att", "tiny_att_first"])
