@@ -4,9 +4,10 @@
 //     normed_gate   out = (norm(y) weight + bias) silu(g),  each head normalised alone     end of time mixing
 //     relu2         out = max(x, 0)^2                                                      middle of channel mixing
 //     gate          out = sigmoid(r) v                                                     end of channel mixing
+//     softmax       out = softmax(logits) - the target's 1, and the cross entropy          the loss
 //
 // What it is not: tied to PyTorch. Plain pointers come in through the functions at the end, which rwkv_nb/model/fused.py
-// calls; the same formulas in PyTorch stand there. No intrinsics: the compiler makes vectors of the plain loops.
+// and loss.py call; the same formulas in PyTorch stand there. No intrinsics: the compiler makes vectors of the plain loops.
 //
 // Two number formats: Wide for the residual stream and for parameters, Narrow for what matrix products read and write.
 // They are float and float, double and double, or float and bfloat16; all arithmetic is Wide.
@@ -288,6 +289,56 @@ template <class W, class X> void gate_backward(const Shape& s, const Pointwise& 
     });
 }
 
+// ---- softmax: logits (T, V) of T positions, in place ---------------------------------------------------------------
+
+struct Softmax {
+    void* logits;                        // become the gradient of loss by logit
+    const int64_t* targets;              // (T)
+    const void* weights;                 // (T): what each position counts
+    void *losses, *largest;              // (T): cross entropy; the largest logit
+    int64_t* at;                         // (T): where that is
+};
+
+// The largest of n numbers; one that is none does not count. In lanes: else the compiler would compare one by one.
+template <class W, class X> W maximum(const X* x, int64_t n) {
+    constexpr int64_t LANES = 16;
+    W most[LANES];
+    std::fill(most, most + LANES, W(-INFINITY));
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int64_t lane = 0; lane < LANES; ++lane) most[lane] = W(x[i + lane]) > most[lane] ? W(x[i + lane]) : most[lane];
+    for (; i < n; ++i) most[0] = W(x[i]) > most[0] ? W(x[i]) : most[0];
+    return *std::max_element(most, most + LANES);
+}
+
+template <class W, class X> void softmax(const Shape& s, const Softmax& a) {
+    constexpr int64_t BLOCK = 1024;
+    const int64_t V = s.D;
+    share(s, [&](int64_t, int64_t, int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t) {
+            X* row = static_cast<X*>(a.logits) + t * V;
+            W largest = -INFINITY;
+            int64_t at = 0;
+            for (int64_t start = 0; start < V; start += BLOCK) {
+                const int64_t end = std::min(V, start + BLOCK);
+                const W here = maximum<W>(row + start, end - start);
+                if (here > largest) largest = here, at = start;
+            }
+            while (at < V - 1 && W(row[at]) < largest) ++at;
+            W sum = 0;
+            INDEPENDENT for (int64_t i = 0; i < V; ++i) sum += exponential(W(row[i]) - largest);
+            const int64_t target = a.targets[t];
+            const W weight = static_cast<const W*>(a.weights)[t], logit = row[target];
+            const W share = exponential(logit - largest) / sum - 1, factor = weight / sum;
+            INDEPENDENT for (int64_t i = 0; i < V; ++i) row[i] = X(exponential(W(row[i]) - largest) * factor);
+            row[target] = X(share * weight);
+            static_cast<W*>(a.losses)[t] = std::log(sum) + largest - logit;
+            static_cast<W*>(a.largest)[t] = largest;
+            a.at[t] = at;
+        }
+    });
+}
+
 template <class W, class X> void mix_backward_any(const Shape& s, const Mix& a) {
     s.M == 4 ? mix_backward<W, X, 4>(s, a) : mix_backward<W, X, 2>(s, a);
 }
@@ -309,3 +360,4 @@ FOR_EACH_FORMAT(elementwise_relu2_forward, relu2_forward, Pointwise)
 FOR_EACH_FORMAT(elementwise_relu2_backward, relu2_backward, Pointwise)
 FOR_EACH_FORMAT(elementwise_gate_forward, gate_forward, Pointwise)
 FOR_EACH_FORMAT(elementwise_gate_backward, gate_backward, Pointwise)
+FOR_EACH_FORMAT(elementwise_softmax, softmax, Softmax)

@@ -4,8 +4,9 @@
     normed_gate   the end of time mixing                 norm(y) silu(g)
     relu2         the middle of channel mixing           max(x, 0)^2
     gate          the end of channel mixing              sigmoid(r) v
+    softmax_      the loss                               see there
 
-Each function has its definition in plain PyTorch beside it, `plain_mix` and so on: what it computes, in a line or two.
+Each function has its definition in plain PyTorch beside it, `plain_mix` and so on: what it computes, in a few lines.
 On a CPU in float32 or float64, with bfloat16 products or without, `kernels/elementwise_cpu.cpp` does the same, and its
 gradient by hand: what a step of autograd would write and read again stays in registers. Everywhere else (a GPU,
 float16, torch.compile, a single step of generation, no C++ compiler) the definition itself runs.
@@ -57,6 +58,17 @@ def plain_gate(r: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return (torch.sigmoid(r) * v).to(dtype or v.dtype)
 
 
+def plain_softmax_(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = logits.to(weights.dtype)
+    largest, at = x.max(dim=-1)
+    logsum = torch.logsumexp(x, dim=-1)
+    losses = logsum - x.gather(1, targets[:, None])[:, 0]
+    p = torch.exp(x - logsum[:, None])
+    p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1.0))
+    logits.copy_(p.mul_(weights[:, None]))
+    return losses, largest, at
+
+
 # ---- what the layers call
 
 
@@ -89,6 +101,18 @@ def gate(r: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return plain_gate(r, v, dtype) if format is None or r.dtype != v.dtype else _Gate.apply(format, r, v)
 
 
+def softmax_(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropies (n,), the largest logits (n,) and where they are, of logits (n, V) that are lost: in their place
+    stands the gradient of sum(weights losses) by each logit. weights (n,) are float32, or float64 if logits are."""
+    format = _format(weights.dtype, logits.dtype, logits, targets, weights)
+    if format is None or not logits.is_contiguous():
+        return plain_softmax_(logits, targets, weights)
+    losses, largest, at = torch.empty_like(weights), torch.empty_like(weights), torch.empty_like(targets)
+    pointers = (x.data_ptr() for x in (logits, targets.contiguous(), weights.contiguous(), losses, largest, at))
+    _run("softmax", format, logits[None], _SoftmaxArguments(*pointers))
+    return losses, largest, at
+
+
 # ---- the kernel
 
 
@@ -113,6 +137,7 @@ _NormedGateArguments = _struct(
     "y", "g", "weight", "bias", ("eps", ctypes.c_double), "gout", "out", "gy", "gg", "gparameters"
 )
 _PointwiseArguments = _struct("a", "b", "gout", "out", "ga", "gb")
+_SoftmaxArguments = _struct("logits", "targets", "weights", "losses", "largest", "at")
 
 _FORMATS = {  # of the residual stream and parameters, of matrix products -> number in the source
     (torch.float32, torch.float32): 0,

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from rwkv_nb.model.rwkv import RWKV, l2wrap_cross_entropy
+from rwkv_nb.model.loss import next_token_loss
+from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.machine import autocast, keep_freed_memory
 from rwkv_nb.training.optimizer import build_optimizer
@@ -76,7 +77,7 @@ def measure_tokens_per_second(cfg: TrainConfig, model: RWKV, dataset: Dataset, s
         started = time.perf_counter()
         idx, targets = (part.to(device) for part in batch)
         with autocast(cfg.precision, device.type):
-            loss = l2wrap_cross_entropy(model(idx)[0], targets)
+            loss = next_token_loss(model, idx, targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

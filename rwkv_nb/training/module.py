@@ -14,12 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from rwkv_nb.data.dataset import TokenDataset
-from rwkv_nb.model.rwkv import RWKV, l2wrap_cross_entropy
+from rwkv_nb.model.loss import next_token_loss
+from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.optimizer import set_rates
 from rwkv_nb.training.schedule import learning_rate, weight_decay
-from rwkv_nb.training.strategies import clip_gradients, make_optimizer, same_start
-from rwkv_nb.training.validation import masked_cross_entropy, token_losses
+from rwkv_nb.training.strategies import clip_gradients, cuts_parameters, make_optimizer, same_start
+from rwkv_nb.training.validation import token_losses
 
 
 class LitRWKV(pl.LightningModule):
@@ -41,8 +42,8 @@ class LitRWKV(pl.LightningModule):
 
     def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
         idx, targets, *mask = batch  # (B, T) each; a mask only with my_qa_mask 1
-        logits, _ = self.model(idx)  # (B, T, V)
-        loss = masked_cross_entropy(logits, targets, *mask) if mask else l2wrap_cross_entropy(logits, targets)
+        # where parameters are cut, the head's are whole only while the head itself runs
+        loss = next_token_loss(self.model, idx, targets, *mask, sliced=not cuts_parameters(self.trainer.strategy))
         self.last_loss = loss.detach()
         return loss
 

@@ -1,7 +1,7 @@
 """The loss on data that training never sees, measured during a run by all processes together.
 
-It is: a Lightning callback (`val_split`, `val_every`), and the masked loss of `my_qa_mask`. It is not: the cut through
-the data (data/held_out.py), nor a sampler: the held-out windows are read side by side, each without memory of the last.
+It is: a Lightning callback (`val_split`, `val_every`). It is not: the cut through the data (data/held_out.py), nor a
+sampler: the held-out windows are read side by side, each without memory of the last.
 
 Every process takes every world_size-th window; the sums are added up, so that all know the same mean, and so does one
 process alone. Nothing of the run changes: no random number is drawn, no gradient kept.
@@ -15,11 +15,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from rwkv_nb.data.sources import Source
-from rwkv_nb.model.loss import L2WRAP
 
 
 class Validation(pl.Callback):
@@ -78,32 +76,3 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of each position, (B, T), in float32 or better."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return cross_entropy(logits.to(dtype).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-
-
-def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """sum(ce * mask) / sum(mask) over logits (B, T, V), targets and mask (B, T); L2Wrap pulls at every position.
-
-    As in the official trainer, the mean is that of one process: where batches have masks of different sizes, an answer
-    weighs more in a batch that has few others. A mask of zeros gives 0, and no gradient but L2Wrap's.
-    """
-    losses = token_losses(logits, targets)
-    loss = (losses * mask).sum() / mask.sum().clamp(min=1e-9)
-    return _L2Wrap.apply(loss, logits)
-
-
-class _L2Wrap(torch.autograd.Function):
-    """The loss as it is; in the gradient 1e-4 / (B T) of the largest logit at each position, whatever comes in."""
-
-    @staticmethod
-    def forward(ctx, loss, logits):
-        ctx.save_for_backward(logits)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        (logits,) = ctx.saved_tensors
-        largest, at = logits.max(dim=-1, keepdim=True)
-        pull = torch.zeros_like(logits)
-        pull.scatter_(-1, at, largest * (L2WRAP / largest.numel()))
-        return g, pull
