@@ -20,7 +20,7 @@ class ModelConfig:
     """Sizes and options of a model; dim_att = 0 and dim_ffn = 0 are replaced by the official defaults.
 
     Raises:
-        ValueError: a size is not positive or not divisible as the model needs, or an option is not supported.
+        ValueError: a size is not positive or not divisible as the model needs, or an option does not fit the sizes.
     """
 
     n_layer: int
@@ -32,12 +32,12 @@ class ModelConfig:
     dim_att: int = 0
     dim_ffn: int = 0
     dropout: float = 0.0
-    pre_ffn: int = 0
+    pre_ffn: int = 0  # this and what follows: see options.py; 0 is without
     head_qk: int = 0
     tiny_att_dim: int = 0
     tiny_att_layer: int = -999
     my_pos_emb: int = 0
-    my_testing: str = ""
+    my_testing: str = ""  # one of VARIANTS; kept as "" or "g"
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_embd", "vocab_size", "ctx_len", "head_size_a", "head_size_divisor"):
@@ -139,9 +139,10 @@ class ModelConfig:
         H, N = _matrix(weights, f"blocks.{1 if pre_ffn else 0}.att.time_decay")
         my_testing = "g" if "blocks.0.ffn.aa.weight" in weights else ""
         tiny = [int(key.split(".")[1]) for key in weights if key.endswith(".tiny_q.weight")]
-        n = weights["blocks.0.pos_emb_x"].shape[1] if "blocks.0.pos_emb_x" in weights else 0
+        across = weights.get("blocks.0.pos_emb_x")
+        n = across.shape[1] if across is not None and across.dim() == 3 else 0
         if ctx_len is None:
-            masks = [x.shape[0] for key, x in weights.items() if key == "copy_mask" or key.endswith(".tiny_mask")]
+            masks = [len(x) for key, x in weights.items() if key.endswith(("copy_mask", ".tiny_mask")) and x.dim()]
             ctx_len = n * n - 1 if n else masks[0] if masks else 1024
         return cls(
             n_layer=max(layers) + 1,
