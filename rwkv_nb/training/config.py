@@ -200,6 +200,9 @@ class TrainConfig:
             notes.append("neither my_exit_tokens nor my_exit is given: training goes on until it is interrupted")
         if self.n_layer == 1:
             notes.append("n_layer=1 trains, but the `rwkv` package cannot load such a checkpoint: use 2 or more")
+        if self.dim_att != self.n_embd:
+            notes.append(f"dim_att={self.dim_att} trains, but the official trainer and the `rwkv` package stop at a "
+                         f"model where it is not n_embd={self.n_embd}")
         options = [n for n in ("pre_ffn", "head_qk", "tiny_att_dim", "my_pos_emb") if getattr(self, n) > 0]
         options += ["my_testing"] * ("g" in self.my_testing)
         if options:

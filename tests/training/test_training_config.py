@@ -73,6 +73,13 @@ def test_small_data_trains_one_epoch_and_says_so():
     assert any("389" in note and "103.7 times" in note for note in cfg.notes())
 
 
+def test_models_that_other_programs_cannot_run_are_said():
+    assert not any("`rwkv` package" in note for note in TrainConfig().notes())
+    options = TrainConfig(head_qk=64, my_pos_emb=32, ctx_len=1023, my_testing="g").notes()
+    assert any("head_qk, my_pos_emb, my_testing: only this package" in note for note in options)
+    assert any("dim_att=256 trains" in note and "n_embd=512" in note for note in TrainConfig(dim_att=256).notes())
+
+
 def test_batch_sizes_that_do_not_divide_a_mini_epoch():
     assert working_batch_sizes(11) == (10, 12)
     assert working_batch_sizes(16) == (16, 16)
