@@ -44,27 +44,18 @@ class Offer:
 
 
 _EAGLE = "RWKV-v5-Eagle-World-7B-v2-20240128-ctx4096.pth"
+_MINIPILE = ("minipile.idx", "minipile.bin")
 OFFERS = {
     "minipile": Offer(
-        "1,498,226,207 tokens of the World tokenizer, 3 GB: the scripts' data set",
-        "data",
-        {
-            name: (Remote("BlinkDL/minipile-tokenized", f"rwkv_vocab_v20230424/{name}", "dataset"),)
-            for name in ("minipile.idx", "minipile.bin")
-        },
+        "1,498,226,207 tokens of the World tokenizer, 3 GB: the scripts' data set", "data",
+        {n: (Remote("BlinkDL/minipile-tokenized", f"rwkv_vocab_v20230424/{n}", "dataset"),) for n in _MINIPILE},
     ),
     "eagle-7b": Offer(
-        "the weights of Eagle 7B in bfloat16, 15 GB",
-        "model",
-        {
-            _EAGLE: (
-                Remote("RWKV/v5-Eagle-7B-pth", _EAGLE),
-                Remote("RWKV/v5-Eagle-7B", _EAGLE),
-                Remote("BlinkDL/rwkv-5-world", "RWKV-5-World-7B-v2-20240128-ctx4096.pth"),
-            )
-        },
+        "the weights of Eagle 7B in bfloat16, 15 GB", "model",
+        {_EAGLE: (Remote("RWKV/v5-Eagle-7B-pth", _EAGLE), Remote("RWKV/v5-Eagle-7B", _EAGLE),
+                  Remote("BlinkDL/rwkv-5-world", "RWKV-5-World-7B-v2-20240128-ctx4096.pth"))},
     ),
-}
+}  # fmt: skip
 
 
 class DownloadError(OSError):
@@ -154,8 +145,7 @@ def fetch(there: Found, path: Path, progress: bool = True) -> None:
             ) from error
         file.flush()
         os.fsync(file.fileno())
-    have = part.stat().st_size
-    if have != there.size:
+    if (have := part.stat().st_size) != there.size:
         raise DownloadError(f"{path}: {have} of {there.size} bytes came; call it again, it goes on from there")
     digest = _hash(part, there, progress)
     if there.algorithm and digest != there.etag:
