@@ -164,7 +164,7 @@ def _weights(cfg: TrainConfig) -> Iterator[str]:
     elif cfg.my_pile_stage >= 2:
         folder = Path(cfg.proj_dir)
         names = os.listdir(folder) if folder.is_dir() else []
-        if not any(re.fullmatch(r"rwkv-(init|\d+)\.pth", name) for name in names):
+        if not any(re.fullmatch(r"rwkv-((init|\d+)\.pth|\d+(\.\d+)?\.state)", name) for name in names):
             yield (f"proj_dir={cfg.proj_dir!r}: no rwkv-init.pth or rwkv-N.pth to start from (my_pile_stage="
                    f"{cfg.my_pile_stage}); make the first with the same flags and --my_pile_stage 1, or put a model "
                    "there under the name rwkv-init.pth")

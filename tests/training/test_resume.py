@@ -211,6 +211,16 @@ def test_states_are_few_and_do_not_change_the_run(cfg):
     assert [n for n in names(cfg) if "state" in n] == ["rwkv-1.state", "rwkv-2.4.state"]
 
 
+def test_the_official_trainer_takes_no_notice(cfg):
+    """Its rule, in short: of names rwkv*.pth, the word between the first "-" and the "." is init, final or a number."""
+    cfg = prepare(cfg.replace(save_steps=2))
+    run(cfg, Spy(9))
+    seen = [name for name in names(cfg) if name.startswith("rwkv") and name.endswith(".pth")]
+    words = [name.split("-")[1].split(".")[0] for name in seen]
+    epochs = sorted(-1 if word == "init" else int(word) for word in words if word != "final")
+    assert epochs == [-1, 0] and any(name.endswith(".state") for name in names(cfg))
+
+
 def test_any_stage_goes_on_from_a_state_that_is_named(cfg):
     cfg = prepare(cfg).replace(my_pile_stage=0, magic_prime=0, epoch_steps=6, epoch_count=3)
     whole, first, rest = Spy(), Spy(4), Spy()
