@@ -18,6 +18,7 @@ COMMANDS = {  # name: (module with main(argv), what it does)
     "build_data": ("rwkv_nb.data.corpus", "build the course's own data from the files in data/"),
     "make_data": ("rwkv_nb.data.make_data", "turn a .jsonl file into tokens: IN.jsonl N_EPOCH CTX_LEN"),
     "train": ("rwkv_nb.training.cli", "train a model with the flags of the official train.py"),
+    "generate": ("rwkv_nb.inference.cli", "write with a trained model, or talk to it (--chat)"),
     "download": ("rwkv_nb.data.download", "fetch minipile (3 GB) or eagle-7b (15 GB) from the hub"),
     "magic_prime": ("rwkv_nb.data.magic_prime", "print the prime of a data set: PREFIX CTX_LEN"),
 }

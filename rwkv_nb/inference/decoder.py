@@ -121,7 +121,7 @@ class Decoder:
         self.matrices = {name: pack(weights[f"{name}.weight"], storage) for name in _matrix_names(c.n_layer)}
         self._emb = pack(weights["emb.weight"], "float32" if storage == "float32" else "bfloat16").numbers
         self._step = self._describe(weights)
-        rest = {name: x for name, x in weights.items() if name.removesuffix(".weight") not in self.matrices}
+        rest = {name: x.float() for name, x in weights.items() if name.removesuffix(".weight") not in self.matrices}
         self._prompt = PromptReader(c, {**rest, "emb.weight": self._emb}, self.matrices, products)
         self.emb = self._prompt.model.emb  # where callers look for the device
 

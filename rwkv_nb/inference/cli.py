@@ -1,0 +1,119 @@
+"""`python -m rwkv_nb generate`: continue a prompt, or keep a conversation.
+
+    python -m rwkv_nb generate --model rwkv-final.pth --prompt "The eagle" --n_tokens 100
+    python -m rwkv_nb generate --model RWKV-5-World-7B.pth --strategy 'cuda fp16' --chat
+
+Text is printed as it comes. The flags of sampling have the names of the `rwkv` package's PIPELINE_ARGS. In a
+conversation the state is kept between turns: what was said before is not read again.
+
+What it is not: an engine (`engine.py`) or the loop (`generation.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+
+PROGRAM = "python -m rwkv_nb generate"
+USER, ASSISTANT = "User:", "Assistant:"  # the form that World models were tuned with
+HELP = "Empty line or /quit: leave. /reset: forget everything. /retry: another answer. Ctrl-C: stop the answer."
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags and their defaults."""
+    from .sampling import SamplingArgs
+
+    made = argparse.ArgumentParser(PROGRAM, description="Write with an RWKV-5 model.", allow_abbrev=False)
+    add, default = made.add_argument, SamplingArgs()
+    add("--model", required=True, help="a .pth file of RWKV-5.2")
+    add("--strategy", default="cpu fp32", help="where and in which format, such as 'cuda fp16i8 *10 -> cpu fp32'")
+    add("--engine", default="auto", help="auto, ours or package (the `rwkv` package)")
+    add("--tokenizer", help="a vocab.json; default: World for 65536 tokens, else the vocab.json beside the model")
+    add("--prompt", help="the beginning of the text; default: standard input")
+    add("--chat", action="store_true", help="a conversation in the form 'User: … Assistant:'")
+    add("--n_tokens", type=int, default=256, help="write at most so many tokens (an answer in a conversation)")
+    add("--temperature", type=float, default=default.temperature, help="0: the likeliest token, always")
+    add("--top_p", type=float, default=default.top_p, help="the likeliest tokens that together reach this; 1: all")
+    add("--top_k", type=int, default=default.top_k, help="at most so many tokens; 0: no limit")
+    for name in ("alpha_frequency", "alpha_presence", "alpha_decay"):
+        add(f"--{name}", type=float, default=getattr(default, name), help="penalty for repetition")
+    add("--token_ban", type=int, nargs="*", default=(), help="ids that are never drawn")
+    add("--token_stop", type=int, nargs="*", help="ids that end the text; default with World: 0, the end of a document")
+    add("--stop", action="append", default=[], help="a text that ends the writing; may be repeated")
+    add("--chunk_len", type=int, default=default.chunk_len, help="tokens of the prompt read at a time")
+    add("--seed", type=int, help="the same seed writes the same text")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command. Returns the exit code; ValueError and OSError are the caller's to print."""
+    options = parser().parse_args(list(argv))
+    from .sampling import SamplingArgs
+
+    fields = {name: getattr(options, name) for name in SamplingArgs.__dataclass_fields__}
+    fields |= {"token_ban": tuple(options.token_ban), "token_stop": tuple(options.token_stop or ())}
+    args = SamplingArgs(**fields)  # before anything large is loaded
+    import torch
+
+    from rwkv_nb.data.tokenizer import WorldTokenizer
+
+    from .engine import load_engine, tokenizer_for
+    from .generation import generate
+
+    engine = load_engine(options.model, options.strategy, options.engine)
+    tokenizer = tokenizer_for(engine.config, options.model, options.tokenizer)
+    if options.token_stop is None and isinstance(tokenizer, WorldTokenizer):
+        args = dataclasses.replace(args, token_stop=(0,))
+    generator = torch.Generator().manual_seed(options.seed) if options.seed is not None else None
+    if options.chat:
+        return chat(engine, tokenizer, args, options.n_tokens, generator, options.stop)
+    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    print(prompt, end="", flush=True)
+    for piece in generate(engine, tokenizer, prompt, options.n_tokens, args, generator=generator, stop=options.stop):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def chat(
+    engine, tokenizer, args, n_tokens: int, generator=None, stop: Sequence[str] = (), ask: Callable[[str], str] = input
+) -> int:
+    """Keep a conversation until an empty line. `ask` shows a prompt and returns a line, as `input` does."""
+    from .generation import generate
+
+    print(HELP)
+    before = heard = None  # (state, whether it ends with the beginning of a turn); before: the last question
+    question = ""
+    stops = [f"\n\n{USER}", *stop]
+    while True:
+        try:
+            said = ask(f"\n{USER} ").strip()
+        except EOFError:
+            break
+        if said in ("", "/quit"):
+            break
+        if said == "/reset":
+            heard = None
+            continue
+        if said == "/retry":
+            if not question:
+                continue
+            heard = before
+        else:
+            before, question = heard, said
+        state, begun = heard or (None, True)
+        opening = "" if begun and state is not None else USER if state is None else f"\n\n{USER}"
+        g = generate(
+            engine, tokenizer, f"{opening} {question}\n\n{ASSISTANT}", n_tokens, args, state, generator, stop=stops
+        )
+        print(ASSISTANT, end="", flush=True)
+        try:
+            for piece in g:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            g.cancel()
+        print()
+        heard = (g.state, g.stopped_by == stops[0])
+    return 0
