@@ -143,6 +143,20 @@ def first_process() -> bool:
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
+def slow_format(cfg: TrainConfig) -> str:
+    """Advice where a processor has to imitate the number format of `cfg.precision`; "" elsewhere. Imports torch."""
+    import torch
+
+    from rwkv_nb.training.machine import fast_bf16
+
+    on_cpu = cfg.accelerator == "cpu" or (cfg.accelerator == "auto" and not torch.cuda.is_available())
+    if cfg.my_pile_stage == 1 or not on_cpu or cfg.precision not in ("bf16", "fp16"):
+        return ""
+    if fast_bf16("cpu"):
+        return "" if cfg.precision == "bf16" else "precision: fp16 is for GPUs; this processor is made for bf16"
+    return f"precision: this processor has no instructions for {cfg.precision} and imitates it; fp32 should be faster"
+
+
 def _show(message: Warning | str, *where: Any) -> None:
     """A warning as one line, without the place in the code that noticed it."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -172,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from rwkv_nb.training.trainer import train
 
+        if speaks and (note := slow_format(cfg)):
+            print(f"note: {note}")
         if speaks and cfg.vocab_size > 0:
             print(parameter_table(cfg.model_config()), flush=True)
         try:

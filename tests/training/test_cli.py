@@ -370,6 +370,26 @@ def test_a_run_prints_banner_table_warnings_and_what_it_wrote(base, capsys, monk
     assert capsys.readouterr().out == "" and runs[1][1] is False, "the other processes are silent"
 
 
+@pytest.mark.parametrize(
+    ("precision", "accelerator", "fast", "said"),
+    [
+        ("bf16", "cpu", False, "no instructions for bf16 and imitates it; fp32 should be faster"),
+        ("fp16", "auto", False, "no instructions for fp16"),
+        ("fp16", "cpu", True, "this processor is made for bf16"),
+        ("bf16", "cpu", True, ""), ("fp32", "cpu", False, ""), ("bf16", "gpu", False, ""),
+    ],
+)  # fmt: skip
+def test_a_format_that_the_processor_imitates_is_noted(monkeypatch, precision, accelerator, fast, said):
+    import torch
+
+    from rwkv_nb.training import machine
+
+    monkeypatch.setattr(machine, "fast_bf16", lambda device: fast)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    note = cli.slow_format(TrainConfig(precision=precision, accelerator=accelerator))
+    assert said in note and bool(said) == bool(note)
+
+
 def test_what_only_lightning_can_refuse_is_one_line(base, capsys, monkeypatch):
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
