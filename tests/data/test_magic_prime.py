@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_nb.data import magic_prime as mp
+from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
 
 MINIPILE = 1498226207
 SMALL_PRIMES = [n for n in range(2, 400) if all(n % d for d in range(2, n))]
@@ -175,3 +176,23 @@ def test_offset_refuses_impossible_arguments(bad):
     mp.sample_offset(**good)
     with pytest.raises(ValueError, match=next(iter(bad))):
         mp.sample_offset(**{**good, **bad})
+
+
+def test_command_prints_the_prime_alone_for_scripts(capsys):
+    assert mp.main(["1498226207", "512"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "2926181\n" and "2926181 for ctx_len 512" in err and "72 whole mini-epochs" in err
+    assert mp.main(["1498226207", "512", "--flags"]) == 0
+    assert capsys.readouterr().out == "--my_exit_tokens 1498226207 --magic_prime 2926181 --ctx_len 512\n"
+
+
+def test_command_counts_the_tokens_of_a_pair(tmp_path, capsys):
+    with MMapIndexedDatasetBuilder(tmp_path / "x", dtype=np.uint16) as builder:
+        builder.add_item(np.arange(100, dtype=np.uint16))
+        builder.end_document()
+    assert mp.main([str(tmp_path / "x"), "8"]) == 0
+    assert capsys.readouterr().out == "11\n", "100 // 8 - 1 = 11 is prime, and 2 more than a multiple of 3"
+    with pytest.raises(ValueError, match="use ctx_len 33 or less"):
+        mp.main([str(tmp_path / "x"), "40"])
+    with pytest.raises(ValueError, match=r"nothing\.idx: file is missing"):
+        mp.main([str(tmp_path / "nothing"), "8"])
