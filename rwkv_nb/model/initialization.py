@@ -7,7 +7,10 @@ What it is not: the resizing of another model's weights (`growing.py`). Two reci
 
 Symbols: i layer, L layers, rho = i/(L-1) (0 when there is one layer), kappa = 1 - i/L, c = channel/D, n = channel
 of time mixing, A their number. The matrices that write to the residual stream start at zero, so that each block
-starts as the identity. Source: `generate_init_weight` in RWKV-LM, RWKV-v5/src/model.py.
+starts as the identity; head_qk and the position embedding start without effect. The official code takes the layer norm
+of tiny attention for a matrix and stops with an error; here it gets the ones and zeros of a layer norm.
+
+Source: `generate_init_weight` in RWKV-LM, RWKV-v5/src/model.py.
 """
 
 from __future__ import annotations

@@ -64,7 +64,6 @@ def train(
     immediate. Raises ValueError before anything is written if the run is impossible.
     """
     cfg.validate()
-    _refuse(cfg)
     own_data = dataset is None
     if own_data:
         dataset = TokenDataset(DataConfig.from_flags(cfg), seed=max(0, cfg.random_seed))
@@ -140,15 +139,6 @@ def _only_finish(cfg: TrainConfig, model: RWKV, start: Start | None) -> None:
     if start is not None and start.state is not None:
         complete(start.state, start.path, folder, cfg.precision)
     save_checkpoint(model, folder / "rwkv-final.pth", cfg.precision)
-
-
-def _refuse(cfg: TrainConfig) -> None:
-    """Raise ValueError for flags that are known but that this trainer does not carry out."""
-    refused = [
-    ]  # fmt: skip
-    messages = [text for bad, text in refused if bad]
-    if messages:
-        raise ValueError("this run cannot start:\n" + "\n".join(f"  - {text}" for text in messages))
 
 
 def _held_out(dataset: TokenDataset) -> Source:
