@@ -178,6 +178,20 @@ def test_dropout_is_on_the_whole_residual_and_off_in_eval():
         torch.testing.assert_close(model.eval()(ids)[0], plain(ids)[0])
 
 
+def test_dropout_of_the_embedding_is_before_ln0_and_not_seen_by_tiny_attention():
+    config = ModelConfig(2, 64, 50, dropout=0.5, tiny_att_dim=8, tiny_att_layer=1)
+    model, seen = RWKV(config, trained_like(config)), {}
+    for name in ("emb", "blocks.0.ln0", "blocks.0.ln2", "blocks.1.tiny_ln", "blocks.1.tiny_v"):
+        model.get_submodule(name).register_forward_hook(lambda _, x, y, name=name: seen.__setitem__(name, (x[0], y)))
+    with torch.no_grad():
+        model(tokens(2, 8, config))
+    emb, dropped = seen["emb"][1], seen["blocks.0.ln0"][0]
+    assert ((dropped == 0) | (dropped == emb / 0.5)).all()
+    for name in ("blocks.0.ln0", "blocks.0.ln2", "blocks.1.tiny_ln"):
+        assert 0.4 < float((seen[name][0] == 0).float().mean()) < 0.6, name
+    assert torch.equal(seen["blocks.1.tiny_v"][0], emb)
+
+
 def test_bad_input_is_named():
     model = RWKV(CONFIG, trained_like(CONFIG))
     with pytest.raises(ValueError, match="from 0 to 300.*vocab_size = 300.*another tokenizer"):
