@@ -65,7 +65,7 @@ class TrainConfig:
     data_type: str = _flag("utf-8", "data", "utf-8, utf-16le, numpy, binidx, dummy or uint16")
     vocab_size: int = _flag(0, "data", "tokens in the vocabulary; 0: ask the data (character level); 65536 for World")
     ctx_len: int = _flag(1024, "data", "tokens in a training window")
-    magic_prime: int = _flag(0, "data", "largest prime 3n+2 not above data_tokens // ctx_len - 1 (stages 1 to 3)")
+    magic_prime: int = _flag(0, "data", "largest prime 3n+2 not above data_tokens // ctx_len - 1; 0: computed")
     my_pile_version: int = _flag(1, "data", "2: data_file lists several binidx files, one a line")
     my_pile_stage: int = _flag(0, "data", "0 plain; 1 only build weights; 2 warm up; 3 train; 4 random windows")
     my_pile_shift: int = _flag(-1, "data", "shift every window by so many tokens; negative: 0")

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from rwkv_nb.training.schedule import real_tokens
+from rwkv_nb.training.schedule import last_step, real_tokens
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,9 @@ class ProgressBar(pl.Callback):
         self.every_seconds = every_seconds
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        cfg = pl_module.cfg
-        left = abs(cfg.my_exit_tokens) - real_tokens(0, cfg)
-        total = -(-left // cfg.tokens_per_step) if cfg.my_exit_tokens else None
         self._bar = tqdm(
-            total=total, initial=trainer.global_step, unit="step", disable=not trainer.is_global_zero,
-            mininterval=self.every_seconds,
+            total=last_step(pl_module.cfg), initial=trainer.global_step, unit="step",
+            disable=not trainer.is_global_zero, mininterval=self.every_seconds,
         )  # fmt: skip
         self._last = time.perf_counter()
 

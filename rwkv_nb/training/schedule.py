@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from rwkv_nb.training.config import NEVER
+
 if TYPE_CHECKING:
     from rwkv_nb.training.config import TrainConfig
 
@@ -34,6 +36,16 @@ def real_tokens(step: int, cfg: TrainConfig) -> int:
 def exit_reached(step: int, cfg: TrainConfig) -> bool:
     """Whether my_exit_tokens have been trained on before this step: then it is not to be taken."""
     return cfg.my_exit_tokens != 0 and real_tokens(step, cfg) >= abs(cfg.my_exit_tokens)
+
+
+def last_step(cfg: TrainConfig) -> int | None:
+    """The step before which the run ends, counted from the (re)start; None without my_exit_tokens and my_exit."""
+    ends = []
+    if cfg.my_exit_tokens != 0:
+        ends.append(-(-(abs(cfg.my_exit_tokens) - real_tokens(0, cfg)) // cfg.tokens_per_step))
+    if cfg.my_exit < NEVER:
+        ends.append((cfg.my_exit + 1 - cfg.epoch_begin) * cfg.steps_per_epoch)
+    return max(0, min(ends)) if ends else None
 
 
 def progress(step: int, cfg: TrainConfig) -> float:

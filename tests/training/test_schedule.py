@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rwkv_nb.training.config import TrainConfig
-from rwkv_nb.training.schedule import exit_reached, learning_rate, progress, real_tokens, weight_decay
+from rwkv_nb.training.schedule import exit_reached, last_step, learning_rate, progress, real_tokens, weight_decay
 
 MINIPILE = TrainConfig(
     my_pile_stage=3, magic_prime=2926181, data_type="binidx", ctx_len=512, micro_bsz=16, my_exit_tokens=1498226207,
@@ -72,6 +72,17 @@ def test_exit_is_at_the_official_step():
     assert exit_reached(182889, MINIPILE.replace(my_exit_tokens=-1498226207))
     assert not exit_reached(10**9, MINIPILE.replace(my_exit_tokens=0))
     assert exit_reached(100, MINIPILE.replace(my_exit_tokens=100 * 8192)), "reached exactly is reached"
+
+
+def test_the_last_step_is_where_the_run_ends():
+    assert last_step(MINIPILE) == 182889 and last_step(MINIPILE.replace(epoch_begin=1)) == 182889 - 2520
+    assert last_step(MINIPILE.replace(my_exit_tokens=-8192 * 3)) == 3 and last_step(TrainConfig()) is None
+    by_epoch = TrainConfig(epoch_steps=12, my_exit=4, epoch_begin=2, accumulate_grad_batches=3)
+    assert last_step(by_epoch) == 3 * 4, "mini-epochs 2, 3 and 4"
+    assert last_step(by_epoch.replace(my_exit_tokens=10 * by_epoch.tokens_per_step)) == 2, "8 were done before"
+    assert last_step(by_epoch.replace(epoch_begin=9)) == 0
+    for cfg in (MINIPILE, MINIPILE.replace(epoch_begin=40, accumulate_grad_batches=5)):
+        assert exit_reached(last_step(cfg), cfg) and not exit_reached(last_step(cfg) - 1, cfg)
 
 
 def test_accumulated_batches_count():
