@@ -88,7 +88,7 @@ def _time_mixing(ax: Axes) -> None:
     _box(ax, 2.25, 7.6, "SiLU", width=1.25)
     _arrow(ax, (2.25, 8.93), (2.25, 7.87))
     _arrow(ax, (2.25, 7.33), (2.25, 3.5), (0.25, 3.5))
-    ax.text(2.2, 5.9, "g (B, T, A)", ha="right", va="center", fontsize=7, color=GREY)
+    ax.text(2.2, 4.35, "g (B, T, A)", ha="right", va="center", fontsize=7, color=GREY)
     ax.text(0, 3.5, "×", ha="center", va="center", fontsize=11,
             bbox={"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": GREY})
     _arrow(ax, (0, 3.28), (0, 2.27))
@@ -120,7 +120,7 @@ def _channel_mixing(ax: Axes) -> None:
 
 def model_figure() -> Figure:
     """The whole model from top to bottom, and the two parts of a block beside it."""
-    fig, axes = plots.figure(width=9.6, height=7.4, cols=3, gridspec_kw={"width_ratios": [4, 6.2, 4.2]})
+    fig, axes = plots.figure(width=8.7, height=7.4, cols=3, gridspec_kw={"width_ratios": [4, 6.2, 4.2]})
     for ax, draw, limits in zip(axes, (_tower, _time_mixing, _channel_mixing), ((0, 4), (-3.45, 3.1), (-2.1, 2.1)),
                                 strict=True):
         ax.set_axis_off()
@@ -159,7 +159,7 @@ def shares_figure(models: Mapping[str, ModelConfig]) -> Figure:
 
 def layers_figure(values: Sequence[tuple[str, np.ndarray]], label: str) -> Figure:
     """Heat maps side by side: values (L, channels) with layers as rows, each with its own scale."""
-    fig, axes = plots.figure(width=9, height=2.9, cols=len(values), squeeze=False)
+    fig, axes = plots.figure(width=8.6, height=2.8, cols=len(values), squeeze=False)
     for ax, (title, value) in zip(axes[0], values, strict=True):
         image = ax.imshow(value, aspect="auto", interpolation="nearest")
         ax.grid(False)
@@ -170,7 +170,7 @@ def layers_figure(values: Sequence[tuple[str, np.ndarray]], label: str) -> Figur
 
 def heads_figure(weights: np.ndarray, titles: Sequence[str], text: str) -> Figure:
     """What each head reads: (heads, T, T) signed weights, row t reads column s, letters at the edges."""
-    fig, axes = plots.figure(width=9.4, height=9, rows=2, cols=(len(weights) + 1) // 2)
+    fig, axes = plots.figure(width=8.7, height=8, rows=2, cols=(len(weights) + 1) // 2)
     for ax, weight, title in zip(axes.flat, weights, titles, strict=True):
         image = heat(ax, weight, tuple(text), tuple(text), signed=True)
         ax.tick_params(labelsize=7)
@@ -181,7 +181,7 @@ def heads_figure(weights: np.ndarray, titles: Sequence[str], text: str) -> Figur
 
 def states_figure(states: np.ndarray, titles: Sequence[str]) -> Figure:
     """States side by side, one a head: (heads, N, N) as [key, value], each with its own scale around zero."""
-    fig, axes = plots.figure(width=9, height=2.7, cols=len(states))
+    fig, axes = plots.figure(width=8.7, height=2.6, cols=len(states))
     for ax, state, title in zip(axes.flat, states, titles, strict=True):
         heat(ax, state, "key channels, slow to fast" if ax is axes.flat[0] else "", "value channels", signed=True)
         ax.set_title(title)

@@ -44,6 +44,11 @@ def in_place(x, x_prev, mu):
     return answer
 
 
+def only_five(x, x_prev, mu):  # right for the first pieces that were tried, and for no other length
+    mixed, last = shift(x, x_prev, mu)
+    return (mixed if x.shape[1] == 5 else 0 * mixed), last
+
+
 def receptance(x, mu, W, H, before=True, act=lambda r: r, split=None, swap=False, transpose=True):
     past = torch.nn.functional.pad(x[:, :-1], (0, 0, 1, 0)) if before else x
     mixed = past * mu + x * (1 - mu) if swap else x * mu + past * (1 - mu)
@@ -82,6 +87,11 @@ WRONG = {
         (lambda *args: shift(*args)[0], "Return two things"),
         (changed(shift, last=lambda x, p, mixed: x[:, -1:]), "x_prev should have shape"),
         (in_place, "changed its arguments"),
+        (lambda *args: (shift(*args)[0].tolist(), args[0][:, -1]), "should be a tensor"),
+        (lambda *args: (shift(*args)[0][:, 1:], args[0][:, -1]), "The mixture should have shape"),
+        (changed(shift, blend=lambda x, past, mu: 2 * x * mu + past * (1 - mu)), "should be x itself"),
+        (changed(shift, before=lambda x, p: torch.cat([p[:, None], x[:, :1], x[:, :-2]], 1)), "without its last"),
+        (only_five, "in two pieces"),
     ],
     "receptance": [
         (changed(receptance, before=False), "token before is missing"),
@@ -114,6 +124,7 @@ WRONG = {
         (changed(count, inner=13), "too few"),
         (changed(count, F=lambda D: 4 * D), "too many"),
         (changed(count, heads=1), "does not share them"),
+        (changed(count, heads=3), "should add 2 V D"),
         (lambda L, D, V: L * count(1, D, V), "Only the blocks"),
         (changed(count, outer=2, per_layer=2), "Right for one layer"),
         (changed(count, F=lambda D: int(3.5 * D)), "rounded down"),
