@@ -1,5 +1,6 @@
 """Going on: a run stopped anywhere is the uninterrupted run, bit for bit; which file it goes on from, and why."""
 
+import functools
 import os
 import re
 import shutil
@@ -24,14 +25,16 @@ MINI = 12  # samples in a mini-epoch: 40320 would take hours here
 
 
 class Spy(pl.Callback):
-    """Losses and learning rates of every batch; stops the run as Ctrl-C does after some of its batches."""
+    """Losses, learning rates and loss scale of every batch; stops the run as Ctrl-C does after some of its batches."""
 
     def __init__(self, stop_after=None, number=signal.SIGINT):
         self.losses, self.rates, self.stop_after, self.number = [], [], stop_after, number
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(float(pl_module.last_loss))
-        self.rates.append([g["lr"] for g in trainer.optimizers[0].param_groups])
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = [] if scaler is None else [scaler.get_scale()]
+        self.rates.append([g["lr"] for g in trainer.optimizers[0].param_groups] + scale)
         if len(self.losses) == self.stop_after:
             os.kill(os.getpid(), self.number)
 
@@ -104,7 +107,9 @@ def log_lines(cfg):
     ],
     ids=lambda flags: "-".join(f"{k}={v}" for k, v in flags.items()),
 )
-def test_stopped_and_resumed_is_uninterrupted(cfg, flags):
+def test_stopped_and_resumed_is_uninterrupted(cfg, flags, monkeypatch):
+    soon = functools.partial(torch.amp.GradScaler, growth_interval=4)  # not 2000: the loss scale changes in this run
+    monkeypatch.setattr(torch.amp, "GradScaler", soon)
     cfg = prepare(cfg.replace(**flags))
     whole, parts = Spy(), []
     broken = copy_of(cfg, "broken")
@@ -152,9 +157,17 @@ def test_signals_save_and_leave(cfg, number):
     assert len(rest.losses) == 11 and rest.losses == whole.losses[5:]
 
 
-def test_an_interrupt_within_a_step_waits_for_its_end(cfg):
+class Stopper(Spy):
+    """Ends the run as Lightning's own callbacks do."""
+
+    def on_train_batch_end(self, trainer, *args):
+        super().on_train_batch_end(trainer, *args)
+        trainer.should_stop |= len(self.losses) == 6
+
+
+@pytest.mark.parametrize("spy", [Spy(6), Stopper()], ids=["signal", "should_stop"])
+def test_the_end_within_a_step_waits_for_its_end(cfg, spy):
     cfg = prepare(cfg.replace(micro_bsz=1, accumulate_grad_batches=4))
-    spy = Spy(6)
     run(cfg, spy)
     assert len(spy.losses) == 8 and "rwkv-0.8.state" in names(cfg), "two steps of four batches"
 
