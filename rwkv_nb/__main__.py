@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except KeyboardInterrupt as stop:  # a run that has saved itself knows why it ended: Ctrl-C, or SIGTERM
-        return _fail(f"\n{stop or 'interrupted'}", getattr(stop, "exit_code", 130))
+        return _fail(f"\n{str(stop) or 'interrupted'}", getattr(stop, "exit_code", 130))
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
