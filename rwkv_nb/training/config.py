@@ -49,7 +49,7 @@ class TrainConfig:
     found by `validate()`.
     """
 
-    load_model: str = _flag("", "run", "checkpoint to start from; empty: new weights (in stages 2, 3: the newest)")
+    load_model: str = _flag("", "run", "checkpoint to start from; or in stage 1 to grow; empty: new weights (stages 2, 3: the newest)")
     wandb: str = _flag("", "run", "Weights & Biases project; empty: do not use it")
     proj_dir: str = _flag("out", "run", "folder for checkpoints and train_log.txt")
     random_seed: int = _flag(-1, "run", "seed of all random numbers; negative: leave them alone")
@@ -100,7 +100,7 @@ class TrainConfig:
     my_pos_emb: int = _flag(0, "model", "size of the two-dimensional position embedding; 0: none")
     my_ffn_shift: int = _flag(1, "model", "accepted, does nothing (nor does it in the official code)")
     my_att_shift: int = _flag(1, "model", "accepted, does nothing (nor does it in the official code)")
-    my_testing: str = _flag("", "model", "name of an experimental variant; empty: RWKV-5.2")
+    my_testing: str = _flag("", "model", "empty or x052: RWKV-5.2; g or x052g: with MishGLU in place of channel mixing")
     load_partial: int = _flag(0, "model", "1: weights that the checkpoint lacks keep their initial values")
 
     lr_init: float = _flag(6e-4, "optimizer", "first learning rate: 6e-4 for L12-D768, 4e-4 L24-D1024, 3e-4 L24-D2048")
