@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 from rwkv_nb.teaching import doctor
+from rwkv_nb.wkv import cpu
 
 
 def test_this_environment_is_sound(tmp_path):
@@ -88,6 +90,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_no_compiler_is_not_a_failure(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cpu, "_library", functools.cache(cpu._library.__wrapped__))  # as if nothing had been loaded yet
     compiler, nvcc, operator = doctor.check_compilers()
     assert compiler.status == nvcc.status == "absent" and "g++" in compiler.remedy
     assert operator.status == "ok" and operator.detail == "reference, chunked"
