@@ -1,0 +1,355 @@
+"""How fast does a model train on a CPU, how much memory does that take, and where does the time go?
+
+    python benchmarks/training.py                      all tables; about four minutes on two cores
+    python benchmarks/training.py --only speed,world   some of them: speed, world, parts, memory
+    python benchmarks/training.py --quick              small models, few steps: does everything run?
+
+A step is what the trainer does: forward, loss, backward, clipping, fused Adam; the batch is random. Ways take turns, so
+that ratios hold, and the best step counts: it is the one that other programs disturbed least. The allocator keeps what
+is freed, as in the trainer. Peaks are those of a process of its own, everything in it included.
+
+The transformer has the form and sizes of nanoGPT: learned positions, one product for q, k and v, GELU, four times as
+wide inside, no biases, head and embedding tied. "Straightforward RWKV-5" is our model with every part by its definition
+in plain PyTorch under autograd, but for the WKV operator.
+
+What it is not: a comparison of how well models learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from wkv import print_table
+
+from rwkv_nb.data.dataset import DataConfig, TokenDataset
+from rwkv_nb.model import fused
+from rwkv_nb.model.loss import next_token_loss
+from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.machine import autocast, keep_freed_memory
+from rwkv_nb.training.optimizer import build_optimizer
+from rwkv_nb.training.trainer import train
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model and its batches."""
+
+    L: int
+    D: int
+    V: int
+    T: int
+    B: int
+
+    def __str__(self) -> str:
+        return f"L{self.L} D{self.D} V{self.V}, batches of {self.B} x {self.T}"
+
+
+SMALL, WORLD, SCRIPTS = Size(6, 256, 96, 256, 8), Size(6, 256, 65536, 256, 8), Size(12, 768, 65536, 512, 1)
+QUICK, QUICK_WORLD, QUICK_SCRIPTS = Size(2, 64, 96, 64, 2), Size(2, 64, 8192, 64, 2), Size(2, 64, 8192, 64, 1)
+LETTERS = [chr(i) for i in (10, *range(32, 127))]
+
+
+# ---- the models
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.ln1, self.ln2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.qkv, self.projection = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+        self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (y.view(B, T, -1, 64).transpose(1, 2) for y in self.qkv(self.ln1(x)).split(D, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, 64)
+        x = x + self.projection(y.transpose(1, 2).reshape(B, T, D))
+        return x + self.down(F.gelu(self.up(self.ln2(x))))
+
+
+class Transformer(nn.Module):
+    """Token ids (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.emb, self.positions = nn.Embedding(size.V, size.D), nn.Embedding(size.T, size.D)
+        self.blocks = nn.Sequential(*(TransformerBlock(size.D) for _ in range(size.L)))
+        self.ln_out = nn.LayerNorm(size.D, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.emb(idx) + self.positions.weight[: idx.shape[1]]
+        return F.linear(self.ln_out(self.blocks(x)), self.emb.weight)
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten())
+
+
+def config_of(size: Size, precision: str = "fp32", **flags) -> TrainConfig:
+    return TrainConfig(
+        n_layer=size.L, n_embd=size.D, vocab_size=size.V, ctx_len=size.T, micro_bsz=size.B, accelerator="cpu",
+        precision=precision, **flags,
+    )  # fmt: skip
+
+
+class Step:
+    """One way to train: `run()` does a step."""
+
+    def __init__(self, way: str, size: Size) -> None:
+        torch.manual_seed(0)
+        precision = "bf16" if "bf16" in way else "fp32"
+        self.cfg = config_of(size, precision)
+        self.model = Transformer(size) if "transformer" in way else RWKV(self.cfg.model_config()).train()
+        self.optimizer = build_optimizer(self.model, self.cfg)
+        self.idx, self.targets = torch.randint(0, size.V, (2, size.B, size.T))
+        self.sliced = "plain head" not in way
+        self.around = contextlib.nullcontext
+        if "straightforward" in way:
+            self.around = lambda: mock.patch.object(fused, "_library", lambda: None)
+
+    def loss(self) -> Tensor:
+        if isinstance(self.model, Transformer):
+            return self.model.loss(self.idx, self.targets)
+        return next_token_loss(self.model, self.idx, self.targets, sliced=self.sliced)
+
+    def run(self) -> None:
+        with self.around():
+            with autocast(self.cfg.precision, "cpu"):
+                loss = self.loss()
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
+
+
+class Clock(pl.Callback):
+    """Seconds of the quickest step, from the start of one to the start of the next."""
+
+    def __init__(self) -> None:
+        self.last, self.best = None, float("inf")
+
+    def on_train_batch_start(self, *_) -> None:
+        now = time.perf_counter()
+        self.best = min(self.best, now - self.last) if self.last else self.best
+        self.last = now
+
+
+class LightningSteps:
+    """The trainer itself: `seconds()` trains for a few steps and tells the quickest."""
+
+    def __init__(self, size: Size, folder: str, steps: int = 5) -> None:
+        text = Path(folder) / "letters.txt"
+        text.write_text("".join(LETTERS[i % len(LETTERS)] for i in range(100_000)), encoding="utf-8")
+        self.cfg = config_of(
+            size, data_file=str(text), data_type="utf-8", proj_dir=str(Path(folder) / "out"), epoch_steps=steps,
+            my_exit_tokens=steps * size.B * size.T, random_seed=0,
+        )  # fmt: skip
+        self.dataset = TokenDataset(DataConfig.from_flags(self.cfg))
+        self.model = RWKV(self.cfg.model_config())
+
+    def seconds(self) -> float:
+        clock = Clock()
+        train(self.cfg, model=self.model, dataset=self.dataset, callbacks=[clock], progress=False)
+        return clock.best
+
+
+# ---- what is measured
+
+
+def take_turns(ways: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
+    """Best seconds of each way; the first turn warms up."""
+    best = dict.fromkeys(ways, float("inf"))
+    for turn in range(turns + 1):
+        for name, seconds in ways.items():
+            took = seconds()
+            best[name] = min(best[name], took) if turn else best[name]
+    return best
+
+
+def products(turns: int) -> None:
+    """Rates of the matrix products of a layer, which bound everything else."""
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(2048, 256, dtype=dtype), torch.randn(896, 256, dtype=dtype)
+        for _ in range(10 * turns):
+            start = time.perf_counter()
+            x @ w.T
+            best[dtype] = min(best.get(dtype, float("inf")), time.perf_counter() - start)
+    single, half = (2 * 2048 * 256 * 896 / best[dtype] / 1e9 for dtype in best)
+    rates = f"float32 {single:.0f} GFLOP/s, bfloat16 {half:.0f}, {half / single:.2f} times"
+    print(f"matrix products, 2048 x 256 x 896: {rates}")
+
+
+def own_process(*arguments: str) -> list[float]:
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+    return [float(word) for word in done.stdout.split()]
+
+
+def peak_of(way: str, size: Size, steps: int = 3) -> tuple[float, float]:
+    """GB of the process at its peak, and seconds of the last step; in a process that does nothing else. Linux."""
+    keep_freed_memory()
+    step = Step(way, size)
+    took = [step.seconds() for _ in range(steps)]
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM")), min(took)
+
+
+def peak(way: str, size: Size) -> str:
+    if not Path("/proc/self/status").exists():
+        return "-"
+    sizes = ",".join(map(str, (size.L, size.D, size.V, size.T, size.B)))
+    return f"{own_process('--peak', way, '--size', sizes)[0]:.2f}"
+
+
+def speed(size: Size, turns: int) -> None:
+    names = ["transformer", "straightforward RWKV-5", "RWKV-5", "transformer, bf16", "RWKV-5, bf16"]
+    steps = {name: Step(name, size) for name in names}
+    loop = "RWKV-5, Lightning's loop"
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {name: step.seconds for name, step in steps.items()}
+        best = take_turns({**ways, loop: LightningSteps(size, folder).seconds}, turns)
+    rows = []
+    for name, took in best.items():
+        parameters = sum(p.numel() for p in steps[name if name != loop else "RWKV-5"].model.parameters()) / 1e6
+        rows.append([
+            name, f"{parameters:.2f}", f"{took * 1e3:.0f}", f"{size.B * size.T / took:.0f}",
+            f"{best['transformer'] / took:.2f}", f"{best['straightforward RWKV-5'] / took:.2f}",
+            peak(name, size) if name != loop else "",
+        ])  # fmt: skip
+    head = ["", "M parameters", "ms a step", "tokens/s", "x transformer", "x straightforward", "peak GB"]
+    print_table(f"Speed, {size}", head, rows)
+
+
+def world(size: Size, turns: int) -> None:
+    names = ["plain head", "sliced head", "plain head, bf16", "sliced head, bf16"]
+    steps = {name: Step(name, size) for name in names}
+    best = take_turns({name: step.seconds for name, step in steps.items()}, max(2, turns // 3))
+    rows = []
+    for name, took in best.items():
+        ratio = f"{best['plain head'] / took:.2f}"
+        rows.append([name, f"{took * 1e3:.0f}", f"{size.B * size.T / took:.0f}", ratio, peak(name, size)])
+    print_table(f"Large vocabulary, {size}", ["", "ms a step", "tokens/s", "x plain head", "peak GB"], rows)
+
+
+GROUPS = {  # words in the name of an operation -> part of the step
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "WKV or attention": ("wkv5", "scaled_dot_product"),
+    "optimizer and clipping": ("fused_adam", "vector_norm", "foreach", "Optimizer"),
+    "loss": ("HeadLoss", "L2Wrap", "softmax", "logsumexp", "nll_loss"),
+    "layers, fused": ("_Mix", "_NormedGate", "_Relu2", "_Gate"),
+    "layer norms": ("layer_norm", "LayerNorm"),
+}
+
+
+def shares(step: Step, steps: int) -> dict[str, float]:
+    """Part of the step -> its share of the time; what fits no group is "everything else"."""
+    step.run()
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        for _ in range(steps):
+            step.run()
+    found = dict.fromkeys([*GROUPS, "everything else"], 0.0)
+    for event in record.key_averages():
+        part = next((g for g, words in GROUPS.items() if any(w in event.key for w in words)), "everything else")
+        found[part] += event.self_cpu_time_total
+    total = sum(found.values())
+    return {part: took / total for part, took in found.items()}
+
+
+def parts(small: Size, large: Size, steps: int) -> None:
+    columns = [
+        ("transformer", small), ("straightforward RWKV-5", small), ("RWKV-5", small), ("RWKV-5, bf16", small),
+        ("sliced head", large),
+    ]  # fmt: skip
+    found = [shares(Step(name, size), steps) for name, size in columns]
+    rows = [[part, *(f"{column[part]:.1%}" for column in found)] for part in found[0]]
+    print_table(f"Shares of a step, by torch's profiler ({small}; {large})", ["", *(n for n, _ in columns)], rows)
+
+
+def adam(size: Size, turns: int) -> None:
+    """What the optimizer's step costs with a large vocabulary, and what its embedding does."""
+    step = Step("sliced head", size)
+    step.run()
+    alone = build_optimizer(nn.ModuleDict({"emb": step.model.emb}), step.cfg)
+    alone.step()
+
+    def timed(action: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    ways = {"step": step.seconds}
+    best = take_turns({**ways, "all": lambda: timed(step.optimizer.step), "emb": lambda: timed(alone.step)}, turns)
+    seen = len(torch.unique(step.idx)) / size.V
+    whole = f"{best['all'] * 1e3:.0f} ms of a step of {best['step'] * 1e3:.0f} ms ({best['all'] / best['step']:.1%})"
+    emb = f"{best['emb'] * 1e3:.0f} ms ({best['emb'] / best['step']:.1%})"
+    print(f"\nAdam: {whole}, for emb alone {emb}; a batch has {seen:.1%} of its rows")
+
+
+def memory(size: Size) -> None:
+    rows = []
+    for name in ("sliced head", "plain head"):
+        sizes = ",".join(map(str, (size.L, size.D, size.V, size.T, size.B)))
+        gigabytes, took = own_process("--peak", name, "--size", sizes)
+        rows.append([name, f"{gigabytes:.2f}", f"{took:.1f}"])
+    print_table(f"Memory, {size}", ["", "peak GB", "seconds a step"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tables = ("speed", "world", "parts", "memory")
+    parser.add_argument("--only", default=",".join(tables), help=f"some of {', '.join(tables)}, as in speed,world")
+    parser.add_argument("--memory", action="store_true", help="the same as --only memory")
+    parser.add_argument("--quick", action="store_true", help="small models, few steps")
+    parser.add_argument("--turns", type=int, default=10, help="how often each way has its turn")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch and of the kernels")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--size", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        print(*peak_of(options.peak, Size(*map(int, options.size.split(",")))))
+        return
+    wanted = ["memory"] if options.memory else options.only.split(",")
+    if unknown := set(wanted) - set(tables):
+        parser.error(f"--only {options.only}: {', '.join(sorted(unknown))} is none of {', '.join(tables)}")
+    keep_freed_memory()
+    turns = 1 if options.quick else options.turns
+    small, large, scripts = (QUICK, QUICK_WORLD, QUICK_SCRIPTS) if options.quick else (SMALL, WORLD, SCRIPTS)
+    machine = f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    print(f"{torch.get_num_threads()} threads, {machine}")
+    products(turns)
+    if "speed" in wanted:
+        speed(small, turns)
+    if "world" in wanted:
+        world(large, turns)
+        adam(large, max(1, turns // 3))
+    if "parts" in wanted:
+        parts(small, large, 1 if options.quick else 3)
+    if "memory" in wanted:
+        memory(scripts)
+
+
+if __name__ == "__main__":
+    main()
