@@ -49,7 +49,7 @@ class TrainConfig:
     found by `validate()`.
     """
 
-    load_model: str = _flag("", "run", "checkpoint to start from, in stage 1 to grow; empty: new weights, later the newest")
+    load_model: str = _flag("", "run", "checkpoint to start from, or grow (stage 1); empty: new weights or the newest")
     wandb: str = _flag("", "run", "Weights & Biases project; empty: do not use it")
     proj_dir: str = _flag("out", "run", "folder for checkpoints and train_log.txt")
     random_seed: int = _flag(-1, "run", "seed of all random numbers; negative: leave them alone")
