@@ -120,6 +120,7 @@ def test_shares_fill_the_bar():
         for row in range(2):
             bars = [bar for bar in ax.patches if bar.get_y() < row < bar.get_y() + bar.get_height()]
             assert sum(bar.get_width() for bar in bars) == pytest.approx(100)
+            assert max(bar.get_x() + bar.get_width() for bar in bars) == pytest.approx(100)  # side by side
 
 
 def test_heat_maps_show_what_they_were_given():
