@@ -29,7 +29,7 @@ SIZES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "3B": (32, 2
 # bytes that a block keeps for its backward pass, for each token: (a channel of D, a channel of F); counted on the model
 KEPT = {"float32": (74, 8), "bfloat16": (48, 4)}
 ADAM = 8  # bytes a parameter: two float32 averages
-SLICED = 1 << 20  # numbers of the logits in memory at a time where the loss works in slices
+SLICED = 1 << 25  # numbers of the logits in memory at a time: model.loss works in slices
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,13 @@ def activation_bytes(
 
 def memory(
     config: ModelConfig, micro_bsz: int, ctx_len: int, strategy: str = "ddp", devices: int = 1,
-    precision: str = "bf16", grad_cp: bool = False, logits_whole: bool = True,
+    precision: str = "bf16", grad_cp: bool = False, logits_whole: bool | None = None,
 ) -> Memory:  # fmt: skip
-    """Peak bytes on each of `devices` while training. logits_whole: logits and their gradient are held entirely."""
+    """Peak bytes on each of `devices` while training.
+
+    logits_whole: logits and their gradient are held entirely, as in the official trainer. None: as this trainer does
+    it, in slices unless the parameters themselves are cut.
+    """
     each = 2 if precision in ("bf16", "fp16") else 4
     state = state_bytes(config.n_params, strategy, devices, precision)
     copies = state.copies
@@ -191,7 +195,10 @@ def memory(
         copies += 2 * (config.n_params - config.vocab_size * config.n_embd)  # all that is multiplied
     if strategy.startswith("deepspeed_stage_3") and devices > 1:
         copies += 2 * each * config.vocab_size * config.n_embd  # the largest matrices, whole while they are used
-    numbers = micro_bsz * ctx_len * config.vocab_size if logits_whole else SLICED
+    numbers = micro_bsz * ctx_len * config.vocab_size
+    whole = strategy.startswith(("deepspeed_stage_3", "fsdp")) if logits_whole is None else logits_whole
+    if not whole:
+        numbers = min(numbers, SLICED)
     return Memory(
         state.weights, copies, state.gradients, state.adam,
         activation_bytes(config, micro_bsz, ctx_len, precision, grad_cp), 2 * each * numbers, state.host,
@@ -210,7 +217,7 @@ def tokens_per_second(
 
 def plan_run(
     cfg: TrainConfig, device: Device, tokens: float | None = None, utilisation: float = 0.3, scaling: float = 0.9,
-    price_per_hour: float = 0.0, logits_whole: bool = True,
+    price_per_hour: float = 0.0, logits_whole: bool | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of the run that `cfg` describes; tokens: how many, by default abs(my_exit_tokens).
 
