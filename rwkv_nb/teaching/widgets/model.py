@@ -78,7 +78,8 @@ def table_html(config: ModelConfig) -> str:
 def panel(name: str = "0.1B") -> Panel:
     """Choose sizes; controls: size, layers, width, vocabulary; results: table (HTML), picture (Image)."""
     start = OFFICIAL[name]
-    size = ipywidgets.Dropdown(options=[*OFFICIAL, OWN], value=name, description="World model")
+    size = ipywidgets.Dropdown(options=[*OFFICIAL, OWN], value=name, description="World model",
+                                style={"description_width": "initial"})
     layers, layers_slider = number_and_slider("layers L", start[0], 1, 64)
     width, width_slider = number_and_slider("width D (a multiple of 64)", start[1], 64, 8192, 64)
     vocabulary, _ = number_and_slider("vocabulary V", 65536, 2, 200_000)
