@@ -130,6 +130,11 @@ class Decoder:
         """Bytes of all weights as they are stored."""
         return sum(m.nbytes for m in self.matrices.values()) + self._emb.nbytes + sum(x.nbytes for x in self._kept)
 
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the embedding, of which a step reads one row."""
+        return self._emb.nbytes
+
     def _describe(self, weights: dict[str, Tensor]) -> _Step:
         """Everything of `struct Step` that stays the same from step to step."""
         c = self.config
