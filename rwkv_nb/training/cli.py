@@ -154,7 +154,7 @@ def slow_format(cfg: TrainConfig) -> str:
         return ""
     if fast_bf16("cpu"):
         return "" if cfg.precision == "bf16" else "precision: fp16 is for GPUs; this processor is made for bf16"
-    return f"precision: this processor has no instructions for {cfg.precision} and imitates it; fp32 should be faster"
+    return f"precision: this processor has no quick instructions for {cfg.precision}; fp32 should be faster"
 
 
 def _show(message: Warning | str, *where: Any) -> None:

@@ -30,7 +30,9 @@ _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
 def fast_bf16(device: str | None = None) -> bool:
     """Whether matrix products in bfloat16 are quicker than in float32 on "cpu" or "cuda" (None: cuda if there is one).
 
-    On a processor without such instructions (before 2020, most laptops) bfloat16 is emulated and slower than float32.
+    A processor without such instructions (before 2020, most laptops) emulates them, and is slower than with float32. An
+    Intel processor that has AVX-512's but not AMX does half as many operations a second with them as in float32
+    (measured: benchmarks/RESULTS.md, "Training on a CPU"), where AMD's Zen 4 does twice as many.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,8 +41,11 @@ def fast_bf16(device: str | None = None) -> bool:
     if device != "cpu":
         return False
     if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
+        has = torch.cpu.get_capabilities()
+        if not any(has.get(name, False) for name in _BF16_INSTRUCTIONS):
+            return False
+        only_avx512 = has.get("avx512_bf16", False) and not has.get("amx_bf16", False)
+        return not (only_avx512 and "intel" in str(has.get("cpu_name", "")).lower())
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check is not None)
 

@@ -373,8 +373,8 @@ def test_a_run_prints_banner_table_warnings_and_what_it_wrote(base, capsys, monk
 @pytest.mark.parametrize(
     ("precision", "accelerator", "fast", "said"),
     [
-        ("bf16", "cpu", False, "no instructions for bf16 and imitates it; fp32 should be faster"),
-        ("fp16", "auto", False, "no instructions for fp16"),
+        ("bf16", "cpu", False, "no quick instructions for bf16; fp32 should be faster"),
+        ("fp16", "auto", False, "no quick instructions for fp16"),
         ("fp16", "cpu", True, "this processor is made for bf16"),
         ("bf16", "cpu", True, ""), ("fp32", "cpu", False, ""), ("bf16", "gpu", False, ""),
     ],

@@ -317,6 +317,10 @@ def test_what_the_machine_is_said_to_have(monkeypatch):
     assert fast_bf16("cpu") is False
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert fast_bf16("cpu") is True
+    for name, amx, fast in (("Intel Xeon", False, False), ("Intel Xeon", True, True), ("AMD EPYC", False, True)):
+        has = {"avx512_bf16": True, "amx_bf16": amx, "cpu_name": name}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        assert fast_bf16("cpu") is fast
     assert fast_bf16("mps") is False
     assert isinstance(keep_freed_memory(), bool)
     monkeypatch.setattr(machine.sys, "platform", "darwin")
