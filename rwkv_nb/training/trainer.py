@@ -22,7 +22,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
 from rwkv_nb.data.sources import Source
 from rwkv_nb.model.rwkv import RWKV
-from rwkv_nb.training.checkpoint import save_checkpoint
+from rwkv_nb.training.checkpoint import load_checkpoint, save_checkpoint
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.files import remove_orphans
 from rwkv_nb.training.interrupts import Interrupted, quiet, stop_on_interrupt
@@ -34,7 +34,7 @@ from rwkv_nb.training.monitor import Monitor, ProgressBar, Record
 from rwkv_nb.training.resume import Start, complete, find_start, set_progress
 from rwkv_nb.training.runbook import RunBook
 from rwkv_nb.training.schedule import exit_reached
-from rwkv_nb.training.strategies import set_buckets
+from rwkv_nb.training.strategies import cuts_parameters, set_buckets
 from rwkv_nb.training.validation import Validation
 
 __all__ = [
@@ -118,6 +118,9 @@ def train(
             raise interrupted
         if progress:
             print(interrupted)
+    if cuts_parameters(trainer.strategy) and trainer.is_global_zero:  # `model` has pieces; the file has the whole
+        weights = load_checkpoint(Path(cfg.proj_dir) / "rwkv-final.pth")
+        model = RWKV(cfg.model_config(), {name: tensor.float() for name, tensor in weights.items()})
     return model.cpu().eval()
 
 

@@ -240,6 +240,17 @@ def test_a_dataset_for_another_rank_is_refused(flags):
         train(alone, dataset=data, progress=False)
 
 
+def test_a_model_in_pieces_comes_back_whole(flags, monkeypatch):
+    """As with fsdp, where what is left in this process is of no use; pretended here, since it needs GPUs."""
+    monkeypatch.setattr("rwkv_nb.training.trainer.cuts_parameters", lambda strategy: True)
+    more = {"devices": 1, "strategy": "auto", "precision": "bf16", "my_exit_tokens": 4 * 2 * CTX}
+    alone = TrainConfig(**{**flags, **more})
+    trained = train(alone, progress=False)
+    final = load_checkpoint(Path(alone.proj_dir) / "rwkv-final.pth")
+    assert all(torch.equal(tensor, final[name].float()) for name, tensor in trained.state_dict().items())
+    assert not trained.training and trained.state_dict().keys() == final.keys()
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3_offload"])
 def test_what_needs_a_gpu_says_so(flags, strategy):
     with pytest.raises(ValueError, match=f"strategy='{strategy}'.*GPU.*ddp"):

@@ -1,0 +1,62 @@
+"""What needs a GPU: fsdp and DeepSpeed's stages give the losses and the whole weights of one plain process.
+
+Skipped, loudly, where there is no CUDA device; DeepSpeed's also where it is not installed. One device is enough to test
+that optimizer, clipping and saving are the right ones; two would be needed to test that pieces are put together.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
+from rwkv_nb.training.checkpoint import init_checkpoint, load_checkpoint
+from rwkv_nb.training.config import TrainConfig
+
+WORKER = Path(__file__).with_name("worker.py")
+DEEPSPEED = [f"deepspeed_stage_{stage}{more}" for stage in (1, 2, 3) for more in ("", "_offload")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: fsdp and DeepSpeed need one"),
+]
+
+
+def losses(flags, folder, strategy):
+    settings = folder / f"{strategy}.json"
+    out = folder / strategy
+    (out / "run").mkdir(parents=True)
+    flags = {**flags, "strategy": strategy, "proj_dir": str(out / "run")}
+    init_checkpoint(TrainConfig(**{**flags, "my_pile_stage": 1}))
+    settings.write_text(json.dumps({"flags": flags, "out": str(out)}), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(WORKER), str(settings)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "rank-0.json").read_text(encoding="utf-8"))["losses"], load_checkpoint(
+        out / "run" / "rwkv-final.pth"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", *DEEPSPEED])
+def test_a_strategy_gives_the_plain_run(strategy, tmp_path):
+    if strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("NO DEEPSPEED: pip install deepspeed")
+    with MMapIndexedDatasetBuilder(tmp_path / "data") as builder:
+        builder.add_item(np.random.default_rng(3).integers(1, 50, 1240).astype(np.uint16))
+        builder.end_document()
+    flags = {
+        "data_file": str(tmp_path / "data"), "data_type": "binidx", "vocab_size": 64, "ctx_len": 16, "devices": 1,
+        "my_pile_stage": 3, "magic_prime": 71, "accelerator": "gpu", "precision": "bf16", "micro_bsz": 4, "n_layer": 2,
+        "n_embd": 64, "lr_init": 2e-3, "lr_final": 1e-4, "warmup_steps": 2, "weight_decay": 0.01, "random_seed": 5,
+        "my_exit_tokens": 8 * 4 * 16,
+    }  # fmt: skip
+    plain, expected = losses(flags, tmp_path, "auto")
+    found, weights = losses(flags, tmp_path, strategy)
+    assert found == pytest.approx(plain, rel=2e-2), "bfloat16 weights in DeepSpeed round differently"
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert weights[name].shape == tensor.shape
+        torch.testing.assert_close(weights[name].float(), tensor.float(), rtol=0.1, atol=2e-2, msg=name)
