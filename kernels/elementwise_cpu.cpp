@@ -2,7 +2,7 @@
 //
 //     mix           out_m = s + (x - s) mix_m,  s = x one step earlier                     token shift and all its mixes
 //     normed_gate   out = (norm(y) weight + bias) silu(g),  each head normalised alone     end of time mixing
-//     relu2         out = max(x, 0)^2                                                      middle of channel mixing
+//     relu2         x = max(x, 0)^2, in x's own place                                      middle of channel mixing
 //     gate          out = sigmoid(r) v                                                     end of channel mixing
 //     softmax       out = softmax(logits) - the target's 1, and the cross entropy          the loss
 //
@@ -249,22 +249,22 @@ template <class Body> void each(const Shape& s, Body body) {
     share(s, [&](int64_t, int64_t b, int64_t first, int64_t last) { body((b * s.T + first) * s.D, (b * s.T + last) * s.D); });
 }
 
+// In x's own place: nothing fresh is written, and what the gradient needs, 2 max(x, 0), is twice the root of the result.
 template <class W, class X> void relu2_forward(const Shape& s, const Pointwise& p) {
     each(s, [&](int64_t i, int64_t end) {
-        const X* x = static_cast<const X*>(p.a);
-        X* __restrict out = static_cast<X*>(p.out);
+        X* __restrict x = static_cast<X*>(p.out);
         INDEPENDENT for (; i < end; ++i) {
             const W y = std::max(W(x[i]), W(0));
-            out[i] = X(y * y);
+            x[i] = X(y * y);
         }
     });
 }
 
 template <class W, class X> void relu2_backward(const Shape& s, const Pointwise& p) {
     each(s, [&](int64_t i, int64_t end) {
-        const X *x = static_cast<const X*>(p.a), *gout = static_cast<const X*>(p.gout);
+        const X *out = static_cast<const X*>(p.a), *gout = static_cast<const X*>(p.gout);
         X* __restrict gx = static_cast<X*>(p.ga);
-        INDEPENDENT for (; i < end; ++i) gx[i] = X(2 * std::max(W(x[i]), W(0)) * W(gout[i]));
+        INDEPENDENT for (; i < end; ++i) gx[i] = X(2 * std::sqrt(W(out[i])) * W(gout[i]));
     });
 }
 

@@ -2,7 +2,7 @@
 
     mix           token shift and all its mixes          x (B, T, D) -> one (B, T, D) for each time_mix
     normed_gate   the end of time mixing                 norm(y) silu(g)
-    relu2         the middle of channel mixing           max(x, 0)^2
+    relu2_        the middle of channel mixing           max(x, 0)^2, in the place of x
     gate          the end of channel mixing              sigmoid(r) v
     softmax_      the loss                               see there
 
@@ -50,7 +50,7 @@ def plain_normed_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: f
     return torch.addcmul(bias.to(y.dtype), y.flatten(2), weight.to(y.dtype)) * F.silu(g)
 
 
-def plain_relu2(x: Tensor) -> Tensor:
+def plain_relu2_(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
@@ -88,10 +88,10 @@ def normed_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) 
     return _NormedGate.apply(format, y, g, weight, bias, eps)
 
 
-def relu2(x: Tensor) -> Tensor:
-    """max(x, 0)^2."""
+def relu2_(x: Tensor) -> Tensor:
+    """max(x, 0)^2 of what nobody else needs: x, the result of a product, may be lost."""
     format = _format(torch.promote_types(x.dtype, torch.float32), x.dtype, x)
-    return plain_relu2(x) if format is None else _Relu2.apply(format, x)
+    return plain_relu2_(x) if format is None or not x.is_contiguous() else _Relu2.apply(format, x)
 
 
 def gate(r: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -244,20 +244,19 @@ class _NormedGate(torch.autograd.Function):
 class _Relu2(torch.autograd.Function):
     @staticmethod
     def forward(ctx, format, x):
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        _run("relu2_forward", format, x, _PointwiseArguments(x.data_ptr(), None, None, out.data_ptr()))
+        _run("relu2_forward", format, x, _PointwiseArguments(None, None, None, x.data_ptr()))
+        ctx.mark_dirty(x)
         ctx.save_for_backward(x)
         ctx.format = format
-        return out
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gout):
-        (x,) = ctx.saved_tensors
-        gout, gx = gout.contiguous(), torch.empty_like(x)
-        arguments = _PointwiseArguments(x.data_ptr(), None, gout.data_ptr(), None, gx.data_ptr())
-        _run("relu2_backward", ctx.format, x, arguments)
+        (out,) = ctx.saved_tensors
+        gout, gx = gout.contiguous(), torch.empty_like(out)
+        arguments = _PointwiseArguments(out.data_ptr(), None, gout.data_ptr(), None, gx.data_ptr())
+        _run("relu2_backward", ctx.format, out, arguments)
         return None, gx
 
 

@@ -71,5 +71,5 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, x_prev: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D) -> out (B, T, D) and the state after it."""
         xk, xr = fused.mix(x, x_prev, self.time_mix_k, self.time_mix_r)  # twice (B, T, D)
-        k = fused.relu2(self.key(xk))  # (B, T, F)
+        k = fused.relu2_(self.key(xk))  # (B, T, F)
         return fused.gate(self.receptance(xr), self.value(k), x.dtype), x[:, -1].clone()
