@@ -77,7 +77,7 @@ def seen(folder):
 def gone(folder):
     """Whether both processes have ended (a moment is allowed for the second)."""
     pids = [int((folder / f"pid-{rank}").read_text(encoding="utf-8")) for rank in (0, 1)]
-    for _ in range(100):
+    for _ in range(300):
         if not any(alive(pid) for pid in pids):
             return True
         time.sleep(0.1)
