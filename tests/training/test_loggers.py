@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
-import torch
 import yaml
 
 from rwkv_nb.model.initialization import parameter_shapes
@@ -20,6 +19,8 @@ from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.loggers import run_loggers
 from rwkv_nb.training.schedule import learning_rate
 from rwkv_nb.training.trainer import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MINIPILE = TrainConfig(
     my_pile_stage=3, magic_prime=2926181, data_file="data/minipile", data_type="binidx", vocab_size=65536, ctx_len=512,
@@ -34,14 +35,6 @@ class Spy(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(float(pl_module.last_loss))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -12,17 +12,10 @@ from rwkv_nb.training.checkpoint import CheckpointError, load_checkpoint
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.trainer import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = "the eagle writes cell by cell. " * 40
 OPTIONS = {"pre_ffn": 1, "head_qk": 8, "tiny_att_dim": 8, "tiny_att_layer": 1, "my_pos_emb": 5, "my_testing": "g"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from more, and lose much where other programs use the processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -17,14 +17,6 @@ from rwkv_nb.training.optimizer import build_optimizer
 SMALL = ModelConfig(n_layer=3, n_embd=128, vocab_size=512, ctx_len=64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     ("strategy", "gigabytes"),
     [("deepspeed_stage_1", 31.4), ("deepspeed_stage_2", 16.6), ("deepspeed_stage_3", 1.9), ("fsdp", None)],
@@ -104,6 +96,8 @@ RUN = r"""
 import re, torch
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.rwkv import RWKV, l2wrap_cross_entropy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 torch.set_num_threads(1)
 def peak():  # VmHWM begins anew with the program; ru_maxrss would begin with the peak of the parent
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])

@@ -20,6 +20,8 @@ from rwkv_nb.training.interrupts import Interrupted
 from rwkv_nb.training.trainer import train
 from rwkv_nb.training.trainer_state import TrainerState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = "the eagle writes cell by cell. " * 40
 MINI = 12  # samples in a mini-epoch: 40320 would take hours here
 
@@ -37,14 +39,6 @@ class Spy(pl.Callback):
         self.rates.append([g["lr"] for g in trainer.optimizers[0].param_groups] + scale)
         if len(self.losses) == self.stop_after:
             os.kill(os.getpid(), self.number)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

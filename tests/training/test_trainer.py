@@ -19,6 +19,8 @@ from rwkv_nb.training.checkpoint import CheckpointError, load_checkpoint
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.trainer import Monitor, evaluate, fast_bf16, keep_freed_memory, measure_tokens_per_second, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = "the eagle writes cell by cell. " * 40
 
 
@@ -34,15 +36,6 @@ class Spy(pl.Callback):
         self.batches.append(batch[0].clone())
         if self.stop_at == len(self.losses):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from more, and lose much where other programs use the processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -20,15 +20,9 @@ from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.trainer import train
 from rwkv_nb.training.validation import Validation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CTX = 8
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write(prefix, tokens):
