@@ -14,6 +14,8 @@ from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.machine import autocast
 from rwkv_nb.training.optimizer import build_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ModelConfig(n_layer=3, n_embd=128, vocab_size=512, ctx_len=64)
 
 
@@ -96,8 +98,6 @@ RUN = r"""
 import re, torch
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.rwkv import RWKV, l2wrap_cross_entropy
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 torch.set_num_threads(1)
 def peak():  # VmHWM begins anew with the program; ru_maxrss would begin with the peak of the parent
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
