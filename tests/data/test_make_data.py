@@ -1,74 +1,23 @@
-"""make_data against a literal re-implementation of the official steps, bad lines, workers, and SIGKILL."""
+"""make_data against a literal re-implementation of the official steps; bad lines, round trip, report, progress."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
 import random
 import shutil
 import subprocess
 import sys
-import time
 from array import array
-from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_data_cases import TEXTS, TOKENIZER, Unpicklable, assert_official, leftovers, make_data, write_lines
 
-from rwkv_nb.data import encoders, jsonl
+from rwkv_nb.data import jsonl
 from rwkv_nb.data import make_data as module
-from rwkv_nb.data.binidx import BinidxError, MMapIndexedDataset
+from rwkv_nb.data.binidx import MMapIndexedDataset
 from rwkv_nb.data.make_data import JsonlError, epoch_order, preview
-from rwkv_nb.data.tokenizer import WorldTokenizer
-
-TOKENIZER = WorldTokenizer()  # loaded once: half a second
-TEXTS = ["aa", "今天是美好的一天。", "", "User: hi\n\nAssistant: héllo 🙂", "a\x00b", "\r\n\r\n", " " * 300, "x" * 5000]
-
-
-def make_data(*args, **options) -> module.MakeDataReport:
-    return module.make_data(*args, **{"tokenizer": TOKENIZER, **options})
-
-
-def write_lines(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-OFFICIAL = WorldTokenizer(fast=False)
-
-
-def official(lines: list[str], n_epoch: int, seed: int) -> tuple[np.ndarray, list[int]]:
-    """The steps of the official script, word for word, with the pure Python tokenizer: (tokens, sizes)."""
-    lines = [line.strip() for line in lines if line.strip()]
-    random.seed(seed)
-    temp = []
-    for _ in range(n_epoch):
-        random.shuffle(lines)
-        temp.extend(lines)
-    tokens, sizes = [], []
-    for line in temp:
-        ids = OFFICIAL.encode(json.loads(line)["text"])
-        ids.append(0)
-        tokens += ids
-        sizes.append(len(ids))
-    return np.array(tokens, np.uint16), sizes
-
-
-def assert_official(prefix: Path, source: Path, n_epoch: int, seed: int) -> None:
-    tokens, sizes = official(source.read_text(encoding="utf-8").split("\n"), n_epoch, seed)
-    assert prefix.with_suffix(".bin").read_bytes() == tokens.tobytes()
-    with MMapIndexedDataset(prefix) as data:
-        assert data.sizes.tolist() == sizes
-        assert data.doc_idx.tolist() == list(range(len(sizes) + 1))
-    assert prefix.with_suffix(".idx").stat().st_size == 42 + 20 * len(sizes)
-
-
-def leftovers(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.suffix in (".tmp", ".new") or p.name.startswith(".make_data"))
 
 
 @pytest.mark.parametrize(("n_epoch", "seed"), [(1, 0), (3, 7), (4, 123456789)])
@@ -183,11 +132,6 @@ def test_arguments_are_refused_before_anything_is_written(tmp_path, monkeypatch)
     refused(OSError, "MB of disk are needed after tokenising")
 
 
-class Unpicklable(WorldTokenizer):
-    def __getstate__(self):
-        raise TypeError("no")
-
-
 class Wrong:
     """Makes a mistake in one word."""
 
@@ -245,118 +189,6 @@ def test_decoding_is_the_same_across_slices(monkeypatch):
     assert CONVERTER.decode(ids) == TOKENIZER.decode_bytes(ids)
 
 
-def test_any_number_of_workers_gives_the_same_files_and_the_first_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "BATCH", 500)  # many batches
-    texts = [f"document {i} " + "müsli " * (i % 17) for i in range(300)]
-    source = write_lines(tmp_path / "in.jsonl", texts)
-    one, two = (make_data(source, tmp_path / f"w{w}", 2, 32, 5, workers=w) for w in (1, 2))
-    for part in (".bin", ".idx"):
-        assert (tmp_path / f"w1{part}").read_bytes() == (tmp_path / f"w2{part}").read_bytes()
-    assert (one.tokens, one.magic, one.first, one.last) == (two.tokens, two.magic, two.first, two.last)
-    source.write_text(source.read_text().replace('{"text": "document 123', '{"txt": "document 123') + "bad\n")
-    with pytest.raises(JsonlError, match="line 124: no \"text\""):
-        make_data(source, tmp_path / "w2", 2, 32, 5, workers=2)
-    assert_official(tmp_path / "w2", write_lines(tmp_path / "in.jsonl", texts), 2, 5)
-
-
-TROUBLE = """
-import os, signal
-from rwkv_nb.data.tokenizer import WorldTokenizer
-
-class Dying(WorldTokenizer):  # takes its process with it, like the kernel when memory runs out
-    def encode_batch(self, texts):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-class Failing(WorldTokenizer):
-    def encode_batch(self, texts):
-        raise ValueError("the tokenizer has a headache")
-
-class Odd(Exception):  # can be pickled, but not unpickled: pickle calls it with one argument
-    def __init__(self, what, where):
-        super().__init__(what + where)
-
-class Odder(WorldTokenizer):
-    def encode_batch(self, texts):
-        raise Odd("lost ", "in the post")
-
-class Homesick(WorldTokenizer):  # cannot be used in another process
-    def __setstate__(self, state):
-        raise LookupError("no such file there")
-
-class Chatty(WorldTokenizer):  # prints where the answers go
-    def encode_batch(self, texts):
-        print("hello from the worker", flush=True)
-        os.write(1, b"and hello")
-        return super().encode_batch(texts)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_trouble_in_a_worker_reaches_the_user(tmp_path, monkeypatch, capfd):
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "trouble.py").write_text(TROUBLE)
-    monkeypatch.syspath_prepend(tmp_path / "lib")  # workers inherit it
-    trouble = importlib.import_module("trouble")
-    source, before = write_lines(tmp_path / "in.jsonl", ["a", "b"]), psutil.Process().children()
-    for kind, error, message in ((trouble.Dying, ChildProcessError, "a worker process died.*-9.*fewer workers"),
-                                 (trouble.Failing, ValueError, "headache"),
-                                 (trouble.Odder, RuntimeError, "Odd in a worker process: lost in the post"),
-                                 (trouble.Homesick, ValueError, "no such file there.*use workers=1")):
-        with pytest.raises(error, match=message):
-            make_data(source, tmp_path / "out", 1, 1, 0, workers=2, tokenizer=kind())
-        assert psutil.Process().children() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "lib"]
-    make_data(source, tmp_path / "out", 1, 1, 0, workers=2, tokenizer=trouble.Chatty())
-    assert_official(tmp_path / "out", source, 1, 0)
-    shown = capfd.readouterr()
-    assert shown.out == "" and "hello from the worker" in shown.err
-
-
-def test_a_large_file_is_tokenised_beside_us_unless_the_tokenizer_is_a_custom_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "BATCH", 500)
-    source = write_lines(tmp_path / "in.jsonl", [f"document {i} " + "müsli " * (i % 17) for i in range(300)])
-    started, real, before = [], encoders._Process, psutil.Process().children()
-    monkeypatch.setattr(encoders, "_Process", lambda *args, **options: started.append(1) or real(*args, **options))
-    make_data(source, tmp_path / "small", 2, 1, 5)
-    assert started == []
-    monkeypatch.setattr(module, "LARGE", source.stat().st_size)
-    make_data(source, tmp_path / "large", 2, 1, 5)
-    assert started == [1] and psutil.Process().children() == before
-    make_data(source, tmp_path / "custom", 2, 1, 5, tokenizer=Unpicklable())
-    assert started == [1]
-    for name in ("small", "large", "custom"):
-        assert_official(tmp_path / name, source, 2, 5)
-
-
-def test_what_is_read_back_must_be_what_was_written(tmp_path, monkeypatch):
-    source = write_lines(tmp_path / "in.jsonl", ["some text", "more of it"])
-    real = module._verify
-
-    def damaged(prefix, *args):
-        data = bytearray(Path(prefix + ".bin").read_bytes())
-        data[0] ^= 1
-        Path(prefix + ".bin").write_bytes(data)
-        return real(prefix, *args)
-
-    monkeypatch.setattr(module, "_verify", damaged)
-    with pytest.raises(BinidxError, match="checksum is .*, expected .*, as was written"):
-        make_data(source, tmp_path / "out", 1, 1, 0)
-
-
-def test_full_disk_leaves_the_old_pair(tmp_path, monkeypatch):
-    source = write_lines(tmp_path / "in.jsonl", ["some text", "more of it"])
-    make_data(source, tmp_path / "out", 1, 1, 0)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-    def full(*args):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(module.MMapIndexedDatasetBuilder, "add_item", full)
-    with pytest.raises(OSError, match="the disk became full; nothing was changed"):
-        make_data(source, tmp_path / "out", 2, 1, 0)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
 def test_preview_shows_both_ends_without_halves_of_characters():
     text = "🙂" * 30 + "ab" + "🙂" * 30
     ids = TOKENIZER.encode_bytes(text.encode())
@@ -402,68 +234,3 @@ def test_torch_is_not_imported(tmp_path):
     code = ("import sys; from rwkv_nb.data.make_data import make_data; make_data('in.jsonl', 'out', 2, 4, 0); "
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_killed_at_any_moment_it_leaves_the_old_pair_or_the_new_one(tmp_path):
-    """Ten runs are killed at moments spread over a run's length; after each, the pair is one of the two whole ones."""
-    source = write_lines(tmp_path / "in.jsonl", [f"document {i} " * 40 for i in range(1500)])
-    states = []
-    for seed in (1, 2):
-        make_data(source, tmp_path / f"seed{seed}", 8, 64, seed)
-        states.append((tmp_path / f"seed{seed}.bin").read_bytes())
-    for part in (".bin", ".idx", ".meta.json"):
-        shutil.copy(tmp_path / f"seed1{part}", tmp_path / f"out{part}")
-    code = ("import sys; from rwkv_nb.data.make_data import make_data; print('go', flush=True); "
-            "make_data('in.jsonl', 'out', 8, 64, int(sys.argv[1])); print('done', flush=True)")
-
-    def start(seed):
-        child = subprocess.Popen([sys.executable, "-c", code, str(seed)], cwd=tmp_path, stdout=subprocess.PIPE)
-        assert child.stdout.readline() == b"go\n"
-        return child
-
-    begin = time.perf_counter()
-    assert start(1).communicate()[0] == b"done\n"
-    duration = time.perf_counter() - begin
-    generator, killed = random.Random(0), 0
-    for attempt in range(10):
-        child = start(2 if attempt % 2 == 0 else 1)
-        time.sleep(duration * (attempt + generator.random()) / 10)
-        child.kill()
-        killed += child.communicate()[0] != b"done\n"
-        with MMapIndexedDataset(tmp_path / "out") as data:  # its checks pass
-            assert data.tokens.tobytes() in states
-            assert data.sizes.sum() == data.n_tokens == data.meta["n_tokens"]
-    assert killed >= 5
-    make_data(source, tmp_path / "out", 8, 64, 2)
-    assert (tmp_path / "out.bin").read_bytes() == states[1]
-    assert leftovers(tmp_path) == []
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-@pytest.mark.parametrize(("workers", "lines"), [(1, 400), (2, 2)])  # its answers fill the pipe; they wait for questions
-def test_workers_end_silently_when_their_parent_is_killed(tmp_path, workers, lines):
-    write_lines(tmp_path / "in.jsonl", ["some words " * 2000] * lines)
-    parent = psutil.Popen([sys.executable, "-c", HELD, str(workers)], cwd=tmp_path,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert parent.stdout.readline() == b"go\n"
-    children = parent.children()
-    assert len(children) == workers
-    parent.kill()
-    assert psutil.wait_procs([parent, *children], timeout=60)[1] == []
-    assert parent.stderr.read() == b""
-
-
-HELD = """
-import sys, time
-from rwkv_nb.data import make_data as m
-
-def collect(path, batches, *rest):  # a worker has answered once; then nobody reads any more
-    next(batches)
-    time.sleep(0.5)
-    print("go", flush=True)
-    time.sleep(60)
-
-m.LARGE, m._collect = 1, collect
-m.make_data("in.jsonl", "out", 1, 1, 0, workers=int(sys.argv[1]))
-"""
