@@ -54,7 +54,7 @@ def install() -> None:
     print("Installing pinned packages (one to several minutes, once) ...", flush=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", "constraints.txt"]
     # Editable: a reader who changes a module sees the change in the notebooks.
-    subprocess.run([*pip, "--editable", ".[test]"], cwd=ROOT, check=True)
+    subprocess.run([*pip, "--editable", ".[test,docs]"], cwd=ROOT, check=True)
     settings = ENVIRONMENT / "share" / "jupyter" / "lab" / "settings"
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "overrides.json").write_text(json.dumps(QUIET) + "\n")

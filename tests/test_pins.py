@@ -30,7 +30,7 @@ def pins() -> dict[str, str]:
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    return [Requirement(text) for text in PROJECT["dependencies"] + extras["test"]]
+    return [Requirement(text) for text in PROJECT["dependencies"] + extras["test"] + extras["docs"]]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
