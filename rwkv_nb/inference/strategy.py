@@ -26,7 +26,13 @@ FORMATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as writt
 
 
 class StrategyError(ValueError):
-    """A strategy that cannot be; the message shows the place."""
+    """A strategy that cannot be. reason: what is wrong; `text[at : at + length]`: where, marked in the message."""
+
+    def __init__(self, reason: str, text: str = "", at: int = 0, length: int = 1):
+        self.reason, self.text, self.at, self.length = reason, text, at, length
+        shown = re.sub(r"\s", " ", text)  # a tab would shift what stands below it
+        marker = f"{' ' * at}{'^' * max(1, length)} character {at + 1}"
+        super().__init__(f"strategy: {reason}\n    {shown}\n    {marker}")
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,12 @@ def parse_strategy(text: str, n_layer: int) -> Plan:
 
     Raises:
         StrategyError: not a strategy; the message names the part, its position and what could stand there.
-        ValueError: n_layer is not at least 1.
+        ValueError: not a text, or n_layer is not at least 1.
     """
     if not isinstance(n_layer, int) or n_layer < 1:
         raise ValueError(f"parse_strategy: n_layer = {n_layer!r} must be a whole number of at least 1")
     if not isinstance(text, str):
-        raise StrategyError(f"strategy {text!r}: expected a text such as 'cuda fp16' or 'cpu fp32'")
+        raise ValueError(f"strategy {text!r}: expected a text such as 'cuda fp16' or 'cpu fp32'")
     entries, start = [], 0
     for part in text.split("->"):
         entries.append(_entry(text, part, start))
@@ -107,32 +113,35 @@ def _entry(text: str, part: str, start: int) -> Entry:
     """One entry; `start` is where `part` begins in `text`."""
     words = [(m.group(), start + m.start()) for m in re.finditer(r"\S+", part)]
     if not words:
-        raise _error(text, start, "an entry is empty; write a device and a format, such as 'cpu fp32'")
+        raise StrategyError("an entry is empty; write a device and a format, such as 'cpu fp32'", text, start)
     device, at = words[0]
     if not re.fullmatch(DEVICES, device):
-        raise _error(text, at, f"{device!r} is no device; use cpu, cuda, cuda:0, cuda:1, …, mps or dml")
+        raise StrategyError(
+            f"{device!r} is no device; use cpu, cuda, cuda:0, cuda:1, …, mps or dml", text, at, len(device)
+        )
     if len(words) < 2:
-        raise _error(text, at + len(device), f"a format is missing after {device}; use {', '.join(FORMATS)}, or fp16i8")
+        formats = ", ".join(FORMATS)
+        raise StrategyError(f"a format is missing after {device}; use {formats}, or fp16i8", text, at + len(device))
     format, at = words[1]
     found = re.fullmatch(r"(fp32|fp16|bf16)(i8|i4|i3)?", format)
     if not found:
-        raise _error(text, at, f"{format!r} is no format; use fp32, fp16 or bf16, with i8 behind it for 8-bit matrices")
+        allowed = "use fp32, fp16 or bf16, with i8 behind it for 8-bit matrices"
+        raise StrategyError(f"{format!r} is no format; {allowed}", text, at, len(format))
     count, streams = None, False
     if len(words) > 2:
         word, at = words[2]
         number = re.fullmatch(r"\*(\d+)(\+?)", word)
         if not number:
-            raise _error(text, at, f"{word!r}: expected a count of layers such as *10 or *10+, or ->")
+            wanted = "expected a count of layers such as *10 or *10+, or ->"
+            raise StrategyError(f"{word!r}: {wanted}", text, at, len(word))
         count, streams = int(number[1]), number[2] == "+"
         if count == 0 and not streams:
-            raise _error(text, at, "*0 gives this entry nothing to do; leave the entry out, or write *0+ to stream all")
+            remedy = "leave the entry out, or write *0+ to stream all"
+            raise StrategyError(f"*0 gives this entry nothing to do; {remedy}", text, at, len(word))
     if len(words) > 3:
-        raise _error(text, words[3][1], f"{words[3][0]!r} is one word too many; entries are separated by ->")
+        word, at = words[3]
+        raise StrategyError(f"{word!r} is one word too many; entries are separated by ->", text, at, len(word))
     return Entry(device, found[1], found[2] or "", count, streams)
-
-
-def _error(text: str, at: int, message: str) -> StrategyError:
-    return StrategyError(f"strategy: {message}\n    {text}\n    {' ' * at}^ character {at + 1}")
 
 
 def _streaming(entries: list[Entry]) -> int | None:
@@ -143,6 +152,8 @@ def _streaming(entries: list[Entry]) -> int | None:
 def _deal(entries: list[Entry], n_places: int) -> tuple[list[int], int, list[str]]:
     """Places for each entry, how many of the streaming entry's are streamed, and what a user should know."""
     counts, left, notes = [0] * len(entries), n_places, []
+    for device in dict.fromkeys(entry.device for entry in entries if entry.device in ("mps", "dml")):
+        notes.append(f"{device}: users report wrong text, and less speed than with cpu; compare it with cpu fp32 first")
     for i, entry in enumerate(entries):  # what was asked for, as far as it goes
         if entry.bits in ("i4", "i3"):
             notes.append(f"{entry.bits} changes nothing: the `rwkv` package stores such matrices as {entry.format}")

@@ -1,9 +1,11 @@
 """Strategies: the same places and the same bytes as the `rwkv` package, and an error that points at the mistake."""
 
 import contextlib
+import inspect
 import io
 import itertools
 import os
+import re
 from unittest import mock
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.inference.memory import Device, best_strategy, memory_plan
+from rwkv_nb.inference.memory import OURS, Device, best_strategy, memory_plan
 from rwkv_nb.inference.strategy import FORMATS, StrategyError, parse_strategy
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import init_weights
@@ -97,6 +99,52 @@ def test_what_is_left_over_is_said():
     assert "changes nothing" in parse_strategy("cpu fp16i4", 4).notes[0]
 
 
+# The package's own test of a text, as of 0.8.25 to 0.8.32 (it is a local variable there).
+PACKAGES_REGEX = (
+    r"^(?:(?:^|->) *(?:cuda(?::[\d]+)?|cpu|mps|dml) (?:fp(?:16|32)|bf16)(?:i8|i4|i3)?(?: \*[\d]+\+?)? *)+$"
+)
+WORDS = st.sampled_from(["cuda", "cuda:1", "cuda:", "cpu", "mps", "dml", "gpu", "fp16", "fp32", "bf16", "bf32",
+                         "fp16i8", "bf16i3", "fp16i5", "*1", "*10+", "*+", "*", "10", "->", "->", " ->", "-> ", ">"])
+
+
+def test_the_regex_is_the_packages():
+    source = inspect.getsource(pytest.importorskip("rwkv.model"))
+    assert f'r"{PACKAGES_REGEX}"' in source
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=8).map(" ".join))
+@example("cuda fp16i8 *10 -> cuda:1 fp16 *8 -> cpu fp32")
+@example("cpu fp32->cpu bf16 *1+")
+@example("cpu fp32 -> -> cpu fp32")
+def test_what_the_package_reads_we_read_and_nothing_else(text):
+    try:
+        parse_strategy(text, 12)
+    except StrategyError:
+        ours = False
+    else:
+        ours = True
+    single = re.sub(" +", " ", text).strip()  # we forgive spaces
+    assert ours == bool(re.match(PACKAGES_REGEX, single)), text
+
+
+def test_what_users_report_about_a_device_is_said():
+    for device in ("mps", "dml"):
+        [note] = parse_strategy(f"{device} fp16 *3 -> {device} fp32", 12).notes
+        assert note.startswith(f"{device}: users report wrong text") and "cpu fp32" in note
+
+
+def test_an_error_carries_its_place():
+    with pytest.raises(StrategyError) as error:
+        parse_strategy("cpu fp32 *2 ->\tgpu fp16", 12)
+    e = error.value
+    assert e.text[e.at : e.at + e.length] == "gpu" and e.reason.startswith("'gpu' is no device")
+    *_, line, marker = str(e).splitlines()
+    assert line[marker.index("^") : marker.rindex("^") + 1] == "gpu" and "\t" not in line
+    with pytest.raises(ValueError, match="strategy None: expected a text"):
+        parse_strategy(None, 12)
+
+
 @pytest.mark.parametrize(
     ("text", "at", "words"),
     [
@@ -142,6 +190,53 @@ def test_eagle_7b():
     assert sizes["cpu fp32"].weights["cpu"] == 4 * (EAGLE.n_params - 2 * 4096)
 
 
+def test_bytes_of_each_layer():
+    """Blocks of one format weigh the same, the head is V x D, and together they are all weights but the embedding."""
+    needed = memory_plan(parse_strategy("cuda fp16i8 *10 -> cuda:1 bf16 *8 -> cpu fp32", 32), EAGLE)
+    D, F, V = 4096, 14336, 65536
+    vectors = 10 * D  # two layer norms, and six mixes, in the format of the block; decay, bonus, ln_x in float32
+    matrices = 6 * D * D + 2 * D * F
+    assert needed.layers[10] == 2 * (matrices + vectors) + 4 * 4 * D
+    assert needed.layers[-1] == 4 * (V * D + 2 * D) and needed.embedding == 2 * V * D
+    assert len(needed.layers) == 33 and len(set(needed.layers)) == 4
+    assert sum(needed.layers) + needed.embedding == sum(needed.weights.values())
+
+
+def test_cuda_and_cuda_0_are_one_device():
+    card = {"cpu": Device(64 * GIB, 40e9), "cuda": Device(10 * GIB, 900e9)}
+    both = memory_plan(parse_strategy("cuda:0 fp16 *16 -> cuda fp16", 32), EAGLE)
+    alone = memory_plan(parse_strategy("cuda fp16", 32), EAGLE)
+    assert both.weights["cuda:0"] == alone.weights["cuda"] and both.state["cuda:0"] == alone.state["cuda"]
+    assert "cuda" not in both.weights and both.lacking(card)["cuda:0"] == alone.lacking(card)["cuda"]
+    assert both.seconds_per_token(card) == alone.seconds_per_token(card)
+    assert alone.tokens_per_second({**card, "cuda:0": card.pop("cuda")}) == 1 / both.seconds_per_token(
+        {"cpu": card["cpu"], "cuda": Device(10 * GIB, 900e9)}
+    )
+
+
+def test_two_cards_share_what_one_cannot_hold():
+    sizes = {"cuda:0": 8, "cuda:1": 12}
+    machine = {"cpu": Device(64 * GIB, 40e9)} | {card: Device(n * GIB, 900e9) for card, n in sizes.items()}
+    found = best_strategy(EAGLE, machine)
+    assert found.plan.devices == ("cuda:0", "cuda:1") and not found.lacking(machine)
+    n = found.plan.entries[0].count
+    more = found.plan.text.replace(f"*{n}", f"*{n + 1}")
+    assert set(memory_plan(parse_strategy(more, 32), EAGLE).lacking(machine)) == {"cuda:0"}
+    smaller = {**machine, "cuda:1": Device(2 * GIB, 900e9)}
+    found = best_strategy(EAGLE, smaller)
+    assert found.plan.devices == ("cuda:0", "cuda:1", "cpu") or found.plan.text.startswith("cuda:0 fp16i8")
+    assert not found.lacking(smaller)
+
+
+def test_our_decoder_reads_8_bits_as_they_are():
+    machine = {"cpu": Device(64 * GIB, 40e9)}
+    plan = parse_strategy("cpu fp32i8", 32)
+    ours, theirs = memory_plan(plan, EAGLE, OURS), memory_plan(plan, EAGLE)
+    assert ours.weights == theirs.weights and ours.tokens_per_second(machine) > 30 * theirs.tokens_per_second(machine)
+    assert best_strategy(EAGLE, machine, OURS).plan.text == "cpu fp32i8"
+    assert best_strategy(EAGLE, machine).plan.text == "cpu bf16"
+
+
 def test_the_bandwidth_limit():
     machine = {"cpu": Device(64 * GIB, 40e9), "cuda": Device(24 * GIB, 900e9, bus=10e9)}
     alone = memory_plan(parse_strategy("cpu fp32", 32), EAGLE)
@@ -149,7 +244,7 @@ def test_the_bandwidth_limit():
     assert alone.seconds_per_token(machine) == pytest.approx(read / 40e9)
     streamed = memory_plan(parse_strategy("cuda fp16 *0+", 32), EAGLE)
     assert streamed.seconds_per_token(machine) > streamed.streamed["cuda"] / 10e9
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="cuda:1: not among the devices cpu, cuda"):
         memory_plan(parse_strategy("cuda:1 fp16", 32), EAGLE).seconds_per_token(machine)
     with pytest.raises(ValueError, match="planned for 12 layers, the model has 32"):
         memory_plan(parse_strategy("cpu fp32", 12), EAGLE)
