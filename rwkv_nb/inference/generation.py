@@ -34,6 +34,7 @@ def generate(
     state: list[Tensor] | None = None,
     generator: torch.Generator | None = None,
     stop: Sequence[str] = (),
+    logits: Tensor | None = None,
 ) -> Generation:
     """Continue a prompt by up to n_tokens tokens.
 
@@ -47,6 +48,8 @@ def generate(
         state: continue after what this state has read; None starts fresh. It is not changed.
         generator: a CPU torch.Generator for repeatable draws.
         stop: texts that end the writing when they appear, and are not shown themselves.
+        logits: the prediction that came with `state`. With both, an empty prompt reads nothing: writing goes on from
+            where the state stands, so that one prompt, read once, can be continued many times.
 
     Returns:
         A `Generation`. Nothing is computed before it is iterated over.
@@ -54,7 +57,7 @@ def generate(
     Raises:
         ValueError: model and tokenizer do not belong together, the prompt cannot be encoded, or n_tokens < 0.
     """
-    return Generation(model, tokenizer, prompt, n_tokens, args or SamplingArgs(), state, generator, stop)
+    return Generation(model, tokenizer, prompt, n_tokens, args or SamplingArgs(), state, generator, stop, logits)
 
 
 def start_tokens(tokenizer) -> list[int]:
@@ -70,6 +73,16 @@ def start_tokens(tokenizer) -> list[int]:
         ) from error
 
 
+def first_tokens(tokenizer, prompt: str, state: list[Tensor] | None, logits: Tensor | None) -> list[int]:
+    """What is read before the first draw: the prompt; nothing if it is empty and state and logits go on from there.
+
+    Raises ValueError for logits without the state that they belong to.
+    """
+    if logits is not None and state is None:
+        raise ValueError("generate: logits are given without the state that they belong to; give both, or neither")
+    return tokenizer.encode(prompt) or ([] if logits is not None else start_tokens(tokenizer))
+
+
 class Generation:
     """A text being written; iterating over it gives the pieces as they come (whole characters, never empty).
 
@@ -82,12 +95,12 @@ class Generation:
         stopped_by: the token of args.token_stop or the text of `stop` that ended the writing; None if there was none.
     """
 
-    def __init__(self, model, tokenizer, prompt, n_tokens, args, state, generator, stop=()):
+    def __init__(self, model, tokenizer, prompt, n_tokens, args, state, generator, stop=(), logits=None):
         check_tokenizer(model, tokenizer)
         self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.prompt_tokens = tokenizer.encode(prompt) or start_tokens(tokenizer)
-        self.state = state
-        self.logits: Tensor | None = None
+        self.prompt_tokens = first_tokens(tokenizer, prompt, state, logits)
+        self.state, self.logits = state, logits
+        self._cancelled = False
         self._row = Row(tokenizer, model.config.vocab_size, n_tokens, args, stop, generator)
         self._pieces = self._write()
 
@@ -102,20 +115,29 @@ class Generation:
         return next(self._pieces)
 
     def cancel(self) -> None:
-        """Write no more: the iteration ends after the token at hand. From any thread; `state` stays valid."""
-        self._row.over = True
+        """Write no more, from any thread: the iteration ends after the token at hand, or the chunk of the prompt.
+
+        `state` stays valid: it has read `tokens`, or that part of the prompt.
+        """
+        self._cancelled = True
 
     def _write(self) -> Iterator[str]:
-        self.logits, self.state = read(self.model, self.prompt_tokens, self.state, self.args.chunk_len)
-        while not self._row.over:
+        for start in range(0, len(self.prompt_tokens), self.args.chunk_len):
+            if self._cancelled:
+                break
+            self._read(self.prompt_tokens[start : start + self.args.chunk_len])
+        while not (self._cancelled or self._row.over):
             token = self._row.draw(self.logits)
             if token is None:
                 break
-            self.logits, self.state = read(self.model, [token], self.state, self.args.chunk_len)
+            self._read([token])
             if piece := self._row.take(token):
                 yield piece
         if rest := self._row.finish():
             yield rest
+
+    def _read(self, tokens: list[int]) -> None:
+        self.logits, self.state = read(self.model, tokens, self.state, self.args.chunk_len)
 
 
 def generate_batch(
@@ -127,35 +149,39 @@ def generate_batch(
     states: Sequence[list[Tensor] | None] | None = None,
     generators: Sequence[torch.Generator | None] | None = None,
     stop: Sequence[str] = (),
+    logits: Sequence[Tensor | None] | None = None,
 ) -> list[Row]:
     """Continue several prompts together; each row is what `generate` would write for it alone, with its own generator.
 
-    Args: as `generate`, one prompt, state and generator a row. Prompts may differ in length: each is read on its own,
-        then all rows take their steps together, and a row that is over leaves.
+    Args: as `generate`, one prompt, state, generator and logits a row. Prompts may differ in length: each is read on
+        its own, then all rows take their steps together, and a row that is over leaves.
 
     Returns:
         A `Row` for each prompt, with `text`, `tokens`, `stopped_by`, and `state`, its own state at the end.
     """
     check_tokenizer(model, tokenizer)
     args, n = args or SamplingArgs(), len(prompts)
-    states, generators = list(states or [None] * n), list(generators or [None] * n)
-    if not n == len(states) == len(generators):
+    states, generators, found = (
+        [None] * n if given is None else list(given) for given in (states, generators, logits)
+    )
+    if not n == len(states) == len(generators) == len(found):
         raise ValueError(
-            f"generate_batch: {n} prompts, {len(states)} states, {len(generators)} generators; give one of each a row"
+            f"generate_batch: {n} prompts, {len(states)} states, {len(generators)} generators, {len(found)} logits; "
+            "give one of each a row"
         )
     rows = [Row(tokenizer, model.config.vocab_size, n_tokens, args, stop, g) for g in generators]
-    tokens = [tokenizer.encode(prompt) or start_tokens(tokenizer) for prompt in prompts]
-    logits: list[Tensor] = [torch.empty(0)] * n
+    tokens = [first_tokens(tokenizer, *each) for each in zip(prompts, states, found, strict=True)]
     for i in range(n):
-        logits[i], states[i] = read(model, tokens[i], states[i], args.chunk_len)
+        if tokens[i]:
+            found[i], states[i] = read(model, tokens[i], states[i], args.chunk_len)
     while active := [i for i in range(n) if not rows[i].over]:
-        drawn = {i: token for i in active if (token := rows[i].draw(logits[i])) is not None}
+        drawn = {i: token for i in active if (token := rows[i].draw(found[i])) is not None}
         if not drawn:
             break
         together = join_states([states[i] for i in drawn])
-        found, together = _step(model, torch.tensor([[token] for token in drawn.values()]), together)
+        after, together = _step(model, torch.tensor([[token] for token in drawn.values()]), together)
         for b, (i, token) in enumerate(drawn.items()):
-            logits[i], states[i] = found[b, -1].float().cpu(), [x[b : b + 1] for x in together]
+            found[i], states[i] = after[b, -1].float().cpu(), [x[b : b + 1] for x in together]
             rows[i].take(token)
     for row, state in zip(rows, states, strict=True):
         row.finish()

@@ -54,16 +54,24 @@ class Row:
 
     def draw(self, logits: Tensor) -> int | None:
         """The next token, from the model's logits (V,); None if it is a stop token: then the row is over."""
-        penalised = logits - (self._seen * self.args.alpha_presence + self._occ * self.args.alpha_frequency)
-        penalised[self._n_known :] = -torch.inf
-        token = sample_logits(penalised, self.args, self.generator)
+        token = sample_logits(self.penalised(logits), self.args, self.generator)
         if token in self.args.token_stop:
             self.stopped_by, self.over = token, True
             return None
+        self.count(token)
+        return token
+
+    def penalised(self, logits: Tensor) -> Tensor:
+        """Logits (V,) less the penalties of what was drawn, -inf for ids that have no text. A new tensor."""
+        found = logits - (self._seen * self.args.alpha_presence + self._occ * self.args.alpha_frequency)
+        found[self._n_known :] = -torch.inf
+        return found
+
+    def count(self, token: int) -> None:
+        """Remember for the penalties that a token was drawn; `draw` does so itself."""
         self._occ *= self.args.alpha_decay
         self._seen[token] = True
         self._occ[token] += self.tokenizer.decode([token]) not in NOT_COUNTED
-        return token
 
     def take(self, token: int) -> str:
         """Add a token that was drawn; returns the text that can now be shown."""

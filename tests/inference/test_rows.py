@@ -75,6 +75,78 @@ def test_cancel_ends_it_with_a_state_to_go_on_from(model):
     assert list(g) == []
 
 
+class During:
+    """A model that calls a function while it works: the moment at which another thread would act."""
+
+    training = False
+
+    def __init__(self, model, function):
+        self.model, self.config, self.emb, self.function = model, model.config, model.emb, function
+
+    def __call__(self, idx, state, **rest):
+        self.function(idx)
+        return self.model(idx, state, **rest)
+
+
+def test_cancel_while_the_model_works_is_not_lost(model):
+    def cancel_at_the_fifth(idx):
+        if len(g.tokens) == 4 and idx.shape[1] == 1:
+            g.cancel()
+
+    g = generate(During(model, cancel_at_the_fifth), CHARS, "ab", 1000, generator=rng())
+    assert "".join(g) == g.text and len(g.tokens) == 5
+    again = model(torch.tensor([CHARS.encode("ab") + g.tokens]), None)[1]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(g.state, again, strict=True))
+
+
+def test_cancel_ends_the_reading_of_a_prompt_at_its_chunk(model):
+    g = generate(During(model, lambda idx: g.cancel()), CHARS, "abcdefghij" * 50, 5, SamplingArgs(chunk_len=7))
+    assert list(g) == [] and g.tokens == []
+    again = model(torch.tensor([CHARS.encode("abcdefg")]), None)[1]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(g.state, again, strict=True))
+    never = generate(model, CHARS, "ab", 5)
+    never.cancel()
+    assert list(never) == [] and never.state is None
+
+
+def test_one_prompt_is_read_once_and_continued_many_times(model):
+    read = []
+    counted = During(model, lambda idx: read.append(idx.numel()))
+    start = generate(counted, CHARS, "abc def", 0)
+    assert list(start) == [] and sum(read) == 7
+    branches = [
+        generate(counted, CHARS, "", 10, state=start.state, logits=start.logits, generator=rng(i)) for i in range(3)
+    ]
+    texts = ["".join(g) for g in branches]
+    assert sum(read) == 7 + 3 * 10
+    alone = ["".join(generate(model, CHARS, "abc def", 10, generator=rng(i))) for i in range(3)]
+    assert texts == alone and len(set(texts)) == 3
+    rows = generate_batch(counted, CHARS, [""] * 3, 10, states=[start.state] * 3, logits=[start.logits] * 3,
+                          generators=[rng(i) for i in range(3)])  # fmt: skip
+    assert [row.text for row in rows] == texts and sum(read) == 7 + 2 * 3 * 10
+    for g, row in zip(branches, rows, strict=True):
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(g.state, row.state, strict=True))
+
+
+def test_an_empty_prompt_after_a_state_begins_a_new_text(model):
+    first = generate(model, CHARS, "abc", 0)
+    list(first)
+    anew = "".join(generate(model, CHARS, "", 20, state=first.state, generator=rng()))
+    assert anew == "".join(generate(model, CHARS, "abc\n", 20, generator=rng()))
+    with pytest.raises(ValueError, match="logits are given without the state"):
+        generate(model, CHARS, "", 5, logits=torch.zeros(V))
+
+
+def test_penalties_can_be_asked_for(model):
+    args = SamplingArgs(alpha_presence=0.5, alpha_frequency=0.25, alpha_decay=0.5)
+    row, [a, space] = Row(CHARS, V, 9, args), CHARS.encode("a ")
+    for token in (a, space, a, space):
+        row.count(token)
+    lost = torch.zeros(V) - row.penalised(torch.zeros(V))
+    assert lost[a] == pytest.approx(0.5 + 0.25 * (1 * 0.5**3 + 1 * 0.5)) and lost[space] == pytest.approx(0.5)
+    assert lost.count_nonzero() == 2
+
+
 def test_a_batch_writes_what_each_row_would_alone(model):
     prompts, args = ["", "abc", "a b c d e f", "j\n"], SamplingArgs(token_stop=(CHARS.encode("h")[0],))
     alone = [generate(model, CHARS, text, 40, args, generator=rng(i), stop=["aa"]) for i, text in enumerate(prompts)]
@@ -99,5 +171,5 @@ def test_what_is_wrong_is_said(model):
         generate(model, CHARS, "a", 5, stop="ab")
     with pytest.raises(ValueError, match="at least one character"):
         generate(model, CHARS, "a", 5, stop=[""])
-    with pytest.raises(ValueError, match="2 prompts, 1 states, 2 generators"):
+    with pytest.raises(ValueError, match="2 prompts, 1 states, 2 generators, 2 logits"):
         generate_batch(model, CHARS, ["a", "b"], 5, states=[None])
