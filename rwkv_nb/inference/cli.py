@@ -2,6 +2,11 @@
 
     python -m rwkv_nb generate --model rwkv-final.pth --prompt "The eagle" --n_tokens 100
     python -m rwkv_nb generate --model RWKV-5-World-7B.pth --strategy 'cuda fp16' --chat
+    python -m rwkv_nb generate --model RWKV-5-World-7B.pth --strategy auto --plan
+
+With --strategy auto the quickest strategy is taken that fits the memory found; --plan shows a strategy's bytes and
+whether they fit, and loads nothing. Environment variables: RWKV_JIT_ON and RWKV_CUDA_ON are the `rwkv` package's own
+switches (`package.py`); our engines need neither.
 
 Text is printed as it comes. The flags of sampling have the names of the `rwkv` package's PIPELINE_ARGS. In a
 conversation the state is kept between turns: what was said before is not read again.
@@ -28,9 +33,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(PROGRAM, description="Write with an RWKV-5 model.", allow_abbrev=False)
     add, default = made.add_argument, SamplingArgs()
     add("--model", required=True, help="a .pth file of RWKV-5.2")
-    add("--strategy", default="cpu fp32", help="where and in which format, such as 'cuda fp16i8 *10 -> cpu fp32'")
+    add("--strategy", default="cpu fp32", help="such as 'cuda fp16i8 *10 -> cpu fp32'; auto: the quickest that fits")
+    add("--plan", action="store_true", help="show what the strategy puts where and whether it fits, and end")
     add("--engine", default="auto", help="auto, ours or package (the `rwkv` package)")
-    add("--tokenizer", help="a vocab.json; default: World for 65536 tokens, else the vocab.json beside the model")
+    add("--tokenizer", help="a vocab.json, or rwkv_vocab_v20230424; default: World for 65536 tokens, else the "
+                            "vocab.json beside the model")  # fmt: skip
     add("--prompt", help="the beginning of the text; default: standard input")
     add("--chat", action="store_true", help="a conversation in the form 'User: … Assistant:'")
     add("--n_tokens", type=int, default=256, help="write at most so many tokens (an answer in a conversation)")
@@ -59,11 +66,15 @@ def main(argv: Sequence[str]) -> int:
 
     from rwkv_nb.data.tokenizer import WorldTokenizer
 
-    from .engine import load_engine, tokenizer_for
+    from .engine import load_engine, read_config, tokenizer_for
     from .generation import generate
 
-    engine = load_engine(options.model, options.strategy, options.engine)
-    tokenizer = tokenizer_for(engine.config, options.model, options.tokenizer)
+    config = read_config(options.model)  # what does not belong together is refused before gigabytes are read
+    tokenizer = tokenizer_for(config, options.model, options.tokenizer)
+    strategy = choose(config, options.strategy, options.engine, options.plan)
+    if options.plan:
+        return 0
+    engine = load_engine(options.model, strategy, options.engine)
     if options.token_stop is None and isinstance(tokenizer, WorldTokenizer):
         args = dataclasses.replace(args, token_stop=(0,))
     generator = torch.Generator().manual_seed(options.seed) if options.seed is not None else None
@@ -75,6 +86,36 @@ def main(argv: Sequence[str]) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def choose(config, strategy: str, engine: str, show: bool) -> str:
+    """The strategy to load; "auto" becomes the best for the memory found. show: print its plan.
+
+    Raises ValueError if the strategy cannot be, or with "auto" if none fits.
+    """
+    if strategy != "auto" and not show:
+        return strategy
+    from . import report
+    from .devices import this_machine
+    from .engine import ours_can, slowness
+    from .memory import UNPACKING, best_strategy, memory_plan
+    from .strategy import parse_strategy
+
+    machine = this_machine()
+    slow = UNPACKING if engine == "package" else slowness()
+    if strategy == "auto":
+        needed = best_strategy(config, machine, slow)
+        if needed is None:
+            free = ", ".join(f"{name} {device.memory / 1e9:.1f} GB" for name, device in machine.items())
+            raise ValueError(f"--strategy auto: {config.n_params:,} parameters fit in no strategy; free: {free}")
+        print(f"strategy: {needed.plan.text}", file=sys.stderr)
+    else:
+        plan = parse_strategy(strategy, config.n_layer)
+        needed = memory_plan(plan, config, slow if ours_can(plan) else UNPACKING)
+    if show:
+        print(f"{config.n_layer} layers of {config.n_embd}, {config.vocab_size} tokens, {config.n_params:,} parameters")
+        print(report.text(needed, machine))
+    return needed.plan.text
 
 
 def chat(

@@ -165,19 +165,22 @@ class RWKV(nn.Module):
         return list(state)
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, *, dtype: torch.dtype | None = torch.float32, **known) -> RWKV:
+    def from_checkpoint(
+        cls, path: str | os.PathLike, *, dtype: torch.dtype | None = torch.float32, mmap: bool = False, **known
+    ) -> RWKV:
         """Load a `.pth` file of the official trainer or of this package; sizes are read from its shapes.
 
         Args:
             path: the file. Weights only: a file that would run code is refused.
             dtype: what the weights are converted to; None keeps the file's (bfloat16 in official files).
+            mmap: see `load_weights`; for weights that are copied elsewhere and then dropped.
             known: what a file does not tell, passed to `ModelConfig.from_state_dict` (ctx_len, dropout, …).
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: not readable as weights, not RWKV-5.2, keys missing or foreign, or a shape wrong.
         """
-        weights = load_weights(path)
+        weights = load_weights(path, mmap=mmap)
         try:
             config = ModelConfig.from_state_dict(weights, **known)
             check_weights(config, weights)

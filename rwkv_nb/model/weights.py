@@ -7,21 +7,20 @@ of a dictionary name -> tensor, as official `.pth` files are; nothing else in it
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from .config import ModelConfig
 from .initialization import is_mask, parameter_shapes
-
-# What torch.load raises for files that are cut, foreign, or hold more than tensors.
-_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError)
+from .reading import CODE, DAMAGE, read_torch_file
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def load_weights(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Tensor]:
     """Read a `.pth` file on the CPU without running any code in it; prefixes of DeepSpeed are removed.
+
+    mmap: bytes are read when they are used, and need no memory of their own; the file must stay as it is meanwhile.
+    Files older than torch 1.6 are read whole all the same.
 
     Raises:
         FileNotFoundError: no such file.
@@ -30,11 +29,14 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except _LOAD_ERRORS as error:
+        weights = read_torch_file(path, mmap=mmap)
+    except (*CODE, *DAMAGE) as error:
+        if isinstance(error, PermissionError):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not readable as a file of weights ({reason}); download or save it again") from error
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not named or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: holds no dictionary of named tensors; give the .pth of the weights alone")
     return {key.removeprefix("_forward_module."): x for key, x in weights.items()}
 
@@ -61,5 +63,8 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         k = wrong[0]
         sizes = f"n_layer = {config.n_layer}, n_embd = {config.n_embd}, vocab_size = {config.vocab_size}"
         problems.append(f"{k} has shape {tuple(weights[k].shape)}, expected {shapes[k]} for {sizes}")
+    whole = [k for k in shapes if k in weights and not is_mask(k) and not weights[k].is_floating_point()]
+    if whole:
+        problems.append(f"{whole[0]} holds {str(weights[whole[0]].dtype).removeprefix('torch.')}, not decimal numbers")
     if problems:
         raise ValueError("the weights do not fit the model; " + "; ".join(problems))
