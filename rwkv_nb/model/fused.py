@@ -42,7 +42,8 @@ def token_shift(x: Tensor, x_prev: Tensor) -> Tensor:
 
 def plain_mix(x: Tensor, x_prev: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
     shifted = token_shift(x, x_prev)
-    return tuple(torch.lerp(shifted, x, mix) for mix in mixes)  # mix of now, 1 - mix of one step earlier
+    # mix of now, 1 - mix of one step earlier. FSDP has weights in bfloat16 where autocast leaves x in float32.
+    return tuple(torch.lerp(shifted, x, mix.to(x.dtype)) for mix in mixes)
 
 
 def plain_normed_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

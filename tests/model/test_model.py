@@ -165,6 +165,24 @@ def test_bfloat16_weights():
     assert [x.dtype for x in state[:3]] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
+def test_bfloat16_weights_under_the_autocast_of_a_gpu(monkeypatch):
+    """FSDP keeps weights in bfloat16, and autocast on a GPU hands the results of layer norms on in float32."""
+    norm = torch.nn.functional.layer_norm
+
+    def in_float32(x, shape, weight=None, bias=None, eps=1e-5):
+        return norm(x.float(), shape, *(None if p is None else p.float() for p in (weight, bias)), eps)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", in_float32)
+    weights, ids = trained_like(CONFIG, dtype=torch.bfloat16), tokens(2, 40)
+    model = RWKV(CONFIG, weights)
+    exact, _ = RWKV(CONFIG, {name: x.float() for name, x in weights.items()})(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, state = model(ids)
+        logits.float().square().mean().backward()
+    assert (logits - exact).abs().mean() < 0.02 * exact.abs().mean()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_dropout_is_on_the_whole_residual_and_off_in_eval():
     config = ModelConfig(2, 64, 50, dropout=0.5)
     weights, ids = trained_like(config), tokens(1, 8, config)

@@ -80,6 +80,8 @@ def test_half_precision_rounds_only_what_comes_out(backend, dtype, T):
     # The float64 truth starts from the same rounded inputs, so only the rounding of results is left.
     half = torch.finfo(dtype).eps / 2
     tolerance = TOLERANCE | {name: half + 2e-6 for name in ("y", "r", "k", "v")}
+    if backend == "cuda":  # factors of the tensor cores' products are rounded too, to 10 binary digits
+        tolerance = {name: largest + 1e-3 for name, largest in tolerance.items()}
     agree(backend, inputs(2, T, 2, 16, dtype=dtype), tolerance)
 
 
