@@ -21,41 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .offers import OFFERS, Remote, by_hand
+
 BLOCK = 1 << 22  # bytes hashed at once
 SPARE = 64 << 20  # bytes of disk that are left alone
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file on the hub, and where else it is if not there."""
-
-    repository: str
-    path: str
-    kind: str = "model"  # or "dataset"
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What `download NAME` fetches: for each local name the places that have it, the first found wins."""
-
-    what: str
-    folder: str
-    files: dict[str, tuple[Remote, ...]]
-
-
-_EAGLE = "RWKV-v5-Eagle-World-7B-v2-20240128-ctx4096.pth"
-_MINIPILE = ("minipile.idx", "minipile.bin")
-OFFERS = {
-    "minipile": Offer(
-        "1,498,226,207 tokens of the World tokenizer, 3 GB: the scripts' data set", "data",
-        {n: (Remote("BlinkDL/minipile-tokenized", f"rwkv_vocab_v20230424/{n}", "dataset"),) for n in _MINIPILE},
-    ),
-    "eagle-7b": Offer(
-        "the weights of Eagle 7B in bfloat16, 15 GB", "model",
-        {_EAGLE: (Remote("RWKV/v5-Eagle-7B-pth", _EAGLE), Remote("RWKV/v5-Eagle-7B", _EAGLE),
-                  Remote("BlinkDL/rwkv-5-world", "RWKV-5-World-7B-v2-20240128-ctx4096.pth"))},
-    ),
-}  # fmt: skip
 
 
 class DownloadError(OSError):
@@ -86,13 +55,22 @@ def download(name: str, folder: str | os.PathLike | None = None, progress: bool 
         raise ValueError(f"{name!r}: nothing of this name; choose from {', '.join(OFFERS)}")
     offer = OFFERS[name]
     target = Path(offer.folder if folder is None else folder)
-    found = {target / local: look_up(remotes) for local, remotes in offer.files.items()}
+    found = {target / local: _look_up_for(target / local, remotes) for local, remotes in offer.files.items()}
     target.mkdir(parents=True, exist_ok=True)
     wanted = {path: there for path, there in found.items() if not _is_whole(path, there, progress)}
     _check_room(target, wanted)
     for path, there in wanted.items():
         fetch(there, path, progress)
     return list(found)
+
+
+def _look_up_for(path: Path, remotes: Sequence[Remote]) -> Found:
+    try:
+        return look_up(remotes)
+    except DownloadError as error:
+        if path.is_file():
+            raise DownloadError(f"{error}. {path} is there already, but could not be checked") from error
+        raise
 
 
 def look_up(remotes: Sequence[Remote]) -> Found:
@@ -212,7 +190,7 @@ def _readable(url: str) -> Iterator[None]:
             raise
         raise DownloadError(
             f"{url}: no connection ({_first_line(error)}); try again, or fetch this address on another computer and "
-            "put the file in its place; what has come so far is kept"
+            "put the file in its place, see --help; what has come so far is kept"
         ) from error
 
 
@@ -237,7 +215,8 @@ def _first_line(error: BaseException | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m rwkv_nb download`. Returns the exit code; errors are raised."""
-    offers = "\n".join(f"  {name:10} {offer.what}; into {offer.folder}/" for name, offer in OFFERS.items())
+    offers = "".join(f"  {name:10} {offer.what}; into {offer.folder}/\n" for name, offer in OFFERS.items())
+    offers += "\nBy hand, without a connection here: fetch these elsewhere, put them there under these names.\n" + by_hand()
     parser = argparse.ArgumentParser(
         "python -m rwkv_nb download", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=offers,
         description="Fetch data or weights from the Hugging Face hub; goes on with what was cut off.",

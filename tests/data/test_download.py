@@ -5,13 +5,17 @@ import http.server
 import re
 import shutil
 import threading
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
 from rwkv_nb import __main__ as door
 from rwkv_nb.data import download as module
+from rwkv_nb.data import offers
 from rwkv_nb.data.download import DownloadError, download
 
 IDX, BIN = bytes(range(256)) * 40, bytes(i * 7 % 251 for i in range(300_000))
@@ -206,6 +210,53 @@ def test_without_a_connection_the_message_names_the_address(monkeypatch, tmp_pat
     err = capsys.readouterr().err
     assert "minipile.idx: no connection" in err and "another computer" in err and "Traceback" not in err
     assert not (tmp_path / "x").exists()
+
+
+def test_what_lies_there_is_named_when_the_hub_cannot_be_asked(monkeypatch, tmp_path):
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    (tmp_path / "minipile.idx").write_bytes(IDX)
+    with pytest.raises(DownloadError, match="no connection.*minipile.idx is there already, but could not be checked"):
+        download("minipile", tmp_path, progress=False)
+
+
+def test_help_says_what_to_put_where_by_hand(capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    for address, place in (
+        ("datasets/BlinkDL/minipile-tokenized/resolve/main/rwkv_vocab_v20230424/minipile.bin", "data/minipile.bin"),
+        ("co/RWKV/v5-Eagle-7B-pth/resolve/main/" + next(iter(module.OFFERS["eagle-7b"].files)), "model/RWKV-v5-Eagle"),
+    ):
+        assert f"{address}\n      -> {place}" in text
+
+
+def test_files_that_are_here_are_found(hub, monkeypatch, tmp_path):
+    a, b, name = tmp_path / "a", tmp_path / "b", next(iter(module.OFFERS["eagle-7b"].files))
+    for folder in (a, b):
+        folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert offers.find("eagle-7b") is None and offers.find("eagle-7b", a, b) is None
+    snapshot = tmp_path / "cache" / "models--BlinkDL--rwkv-5-world" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "RWKV-5-World-7B-v2-20240128-ctx4096.pth").write_bytes(b"w")  # as huggingface_hub lays it out
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", partial(
+        huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path / "cache"))  # fmt: skip
+    assert offers.find("eagle-7b", a) == [snapshot / "RWKV-5-World-7B-v2-20240128-ctx4096.pth"]
+    (b / name).write_bytes(b"w")
+    assert offers.find("eagle-7b", a, b) == [b / name], "one's own folders come first"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_bytes(b"w")
+    assert offers.find("eagle-7b") == [Path("model", name)]
+    (a / "minipile.idx").write_bytes(b"i")
+    assert offers.find("minipile", a) is None, "one of two files is not enough"
+    (b / "minipile.bin").write_bytes(b"b")
+    assert offers.find("minipile", a, b) == [a / "minipile.idx", b / "minipile.bin"]
+    with pytest.raises(ValueError, match="'pile': nothing of this name"):
+        offers.find("pile")
 
 
 def test_an_interrupt_leaves_what_has_come(hub, tmp_path, monkeypatch):
