@@ -20,6 +20,7 @@ COMMANDS = {  # name: (module with main(argv), what it does)
     "train": ("rwkv_nb.training.cli", "train a model with the flags of the official train.py"),
     "generate": ("rwkv_nb.inference.cli", "write with a trained model, or talk to it (--chat)"),
     "download": ("rwkv_nb.data.download", "fetch minipile (3 GB) or eagle-7b (15 GB) from the hub"),
+    "checks": ("rwkv_nb.teaching.exercises", "list the exercises; --report: and the wrong answers they reject"),
     "magic_prime": ("rwkv_nb.data.magic_prime", "print the prime of a data set: PREFIX CTX_LEN"),
 }
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name.replace("-", "_").lower(), COMMANDS, n=1, cutoff=0.5)
         hint = f"; did you mean `{PROGRAM} {close[0]}`?" if close else ""
         return _fail(f"{PROGRAM}: unknown command {name!r}{hint}\n\n{usage()}", 2)
+    if empty := [word for word in rest if word.startswith("--") and word.endswith("=--")]:
+        return _fail(f"{PROGRAM} {name}: {empty[0]}: '--' is no value", 2)  # argparse would make a list of it
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except KeyboardInterrupt as stop:  # a run that has saved itself knows why it ended: Ctrl-C, or SIGTERM

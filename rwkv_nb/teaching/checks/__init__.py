@@ -50,6 +50,7 @@ class Mistake(Exception):
 
 
 REGISTRY: dict[str, Callable] = {}  # number -> check, for tests and reports; filled when a check module is imported
+LISTENERS: list[Callable[[Verdict, tuple], None]] = []  # called with each verdict and the answers that it is about
 
 
 def require(condition: bool, message: str) -> None:
@@ -63,8 +64,7 @@ def exercise(number: str, title: str, minutes: int, difficulty: int) -> Callable
     about = Exercise(number, title, minutes, difficulty)
 
     def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def check(*answers) -> Verdict:
+        def judge(answers: tuple) -> Verdict:
             try:
                 praise = function(*answers)
             except NotImplementedError:
@@ -76,6 +76,13 @@ def exercise(number: str, title: str, minutes: int, difficulty: int) -> Callable
             except Exception as error:  # noqa: BLE001  the reader's code may raise anything; the lesson goes on
                 return Verdict(about, "wrong", f"your code raised {type(error).__name__}: {error}")
             return Verdict(about, "right", praise or "well done.")
+
+        @functools.wraps(function)
+        def check(*answers) -> Verdict:
+            verdict = judge(answers)
+            for listen in LISTENERS:
+                listen(verdict, answers)
+            return verdict
 
         check.about = about
         REGISTRY[number] = check
