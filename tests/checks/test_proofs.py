@@ -1,5 +1,5 @@
 """At the end of the proofs: every check of the course was seen to reject at least three wrong answers, each in words of
-its own. The name of this file sorts behind those of the proofs."""
+its own. conftest.py lets these tests run last."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_a_rejected_answer_is_recorded_with_its_source():
         start_here.units(lambda x: x / math.log(2), math.exp)  # right: not recorded
     [(message, words)] = found["0.1"].items()
     assert words == "lambda x: x * math.log(2), exp" and "divide" in message
-    assert checks.LISTENERS == listeners
+    assert listeners == checks.LISTENERS
 
 
 def test_two_lambdas_on_one_line_are_told_apart():
