@@ -135,7 +135,7 @@ def read_meta(path: str) -> dict | None:
             meta = json.load(file)
     except FileNotFoundError:
         return None
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8; brackets within brackets
         raise BinidxError(path, "content", f"not JSON ({error})", "a JSON object",
                           "Delete the file, or write it anew with write_meta.") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("tokenizer"), str):

@@ -119,6 +119,6 @@ class CharTokenizer:
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); a character model needs the vocab.json that "
                              "was written beside it") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: brackets within brackets
             raise ValueError(f"{path}: not a character vocabulary ({error}); it should look like "
                              '{"0": "\\n", "1": " ", ...}: take the file written beside the model') from error

@@ -77,7 +77,12 @@ def main(argv: Sequence[str]) -> int:
     engine = load_engine(options.model, strategy, options.engine)
     if options.token_stop is None and isinstance(tokenizer, WorldTokenizer):
         args = dataclasses.replace(args, token_stop=(0,))
-    generator = torch.Generator().manual_seed(options.seed) if options.seed is not None else None
+    generator = None
+    if options.seed is not None:
+        try:
+            generator = torch.Generator().manual_seed(options.seed)
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise ValueError(f"--seed {options.seed}: must be a whole number that fits into 64 bits") from error
     if options.chat:
         return chat(engine, tokenizer, args, options.n_tokens, generator, options.stop)
     prompt = sys.stdin.read() if options.prompt is None else options.prompt

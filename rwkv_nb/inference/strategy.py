@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-DEVICES = r"cpu|cuda(?::\d+)?|mps|dml"
+DEVICES = r"cpu|cuda(?::[0-9]+)?|mps|dml"
 FORMATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as written -> torch's name
 
 
@@ -130,7 +130,7 @@ def _entry(text: str, part: str, start: int) -> Entry:
     count, streams = None, False
     if len(words) > 2:
         word, at = words[2]
-        number = re.fullmatch(r"\*(\d+)(\+?)", word)
+        number = re.fullmatch(r"\*0*([0-9]{1,12})(\+?)", word)
         if not number:
             wanted = "expected a count of layers such as *10 or *10+, or ->"
             raise StrategyError(f"{word!r}: {wanted}", text, at, len(word))

@@ -67,6 +67,9 @@ def read_flags(argv: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in vars(known).items():
         kind = FIELDS[name].type
+        if not isinstance(text, str):  # argparse makes a list of `--flag=--`
+            problems.append(f"{name}='--': expected {WHOLE[kind]}")
+            continue
         if name == "logger" and text.lower() in ("false", "true"):  # as Lightning 1.9 has it
             text = "none" if text.lower() == "false" else "csv"
         try:

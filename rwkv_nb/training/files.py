@@ -13,23 +13,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pickle
 import re
 import shutil
-import struct
 import time
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from rwkv_nb.model.reading import CODE, DAMAGE, read_torch_file
+
 _TEMPORARY = re.compile(r"(?:\.rwkv-.+\.(?:pth|state)|vocab\.json)\.(\d+)\.tmp")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file larger than allowed
 _ORPHAN_AFTER = 24 * 3600.0  # seconds; a process of another machine cannot be asked whether it lives
-_DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError,
-           NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -87,29 +83,23 @@ def write_tensors(content: Any, path: str | os.PathLike) -> Path:
 def read_tensors(path: str | os.PathLike) -> Any:
     """What a file holds, tensors on the CPU; nothing that it may contain is run.
 
-    Raises FileNotFoundError; PermissionError and the like as they come; CheckpointError for a file that is damaged (a
-    flipped bit is found by the checksums of its zip archive, which torch itself does not look at) or that holds code.
+    Raises FileNotFoundError; PermissionError and the like as they come; CheckpointError for a file that is damaged or
+    that holds code (see rwkv_nb.model.reading).
     """
     path = Path(path)
-    with open(path, "rb") as file:  # outside of the try below: a file that may not be opened is not damaged
-        try:
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    wrong = archive.testzip()
-                if wrong is not None:
-                    raise zipfile.BadZipFile(f"wrong checksum in {wrong}")
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path}: refused, because it is damaged or contains more than tensors, possibly code that would run "
-                f"on loading; download or save it again, from a source that you trust ({_first_line(error)})"
-            ) from error
-        except _DAMAGE as error:
-            raise CheckpointError(
-                f"{path}: damaged or cut short ({path.stat().st_size} bytes); use an earlier checkpoint or download it "
-                f"again ({_first_line(error)})"
-            ) from error
+    open(path, "rb").close()  # outside of the try below: a file that may not be opened is not damaged
+    try:
+        return read_torch_file(path)
+    except CODE as error:
+        raise CheckpointError(
+            f"{path}: refused, because it is damaged or contains more than tensors, possibly code that would run on "
+            f"loading; download or save it again, from a source that you trust ({_first_line(error)})"
+        ) from error
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"{path}: damaged or cut short ({path.stat().st_size} bytes); use an earlier checkpoint or download it "
+            f"again ({_first_line(error)})"
+        ) from error
 
 
 def remove_orphans(folder: str | os.PathLike) -> list[str]:

@@ -172,7 +172,11 @@ def _weights(cfg: TrainConfig) -> Iterator[str]:
 
 def _folder(cfg: TrainConfig) -> Iterator[str]:
     folder = Path(cfg.proj_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        yield f"proj_dir={cfg.proj_dir[:100]!r}: {error.strerror}; name another folder"
+        return
     if not existing.is_dir():
         yield f"proj_dir={cfg.proj_dir!r}: {existing} is a file; name another folder"
     elif not os.access(existing, os.W_OK):

@@ -7,6 +7,7 @@ Imports no torch, so that checks cost nothing.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,8 @@ def _ranges(c: TrainConfig) -> list[tuple[bool, str]]:
                 "save_minutes": 0, "save_steps": 0, "val_every": 0, "pre_ffn": 0, "head_qk": 0, "tiny_att_dim": 0,
                 "my_pos_emb": 0}  # fmt: skip
     rules = [(getattr(c, n) < low, f"{n}={getattr(c, n)}: must be at least {low}") for n, low in at_least.items()]
+    rules += [(not math.isfinite(value), f"{name}={value}: must be a finite number")
+              for name, value in c._given.items() if isinstance(value, float)]  # fmt: skip
     below_one = ("beta1", "beta2", "dropout", "val_split")
     rules += [(not 0 <= getattr(c, n) < 1, f"{n}={getattr(c, n)}: must be in [0, 1)") for n in below_one]
     return [*rules, (c.adam_eps <= 0, f"adam_eps={c.adam_eps}: must be above 0, for instance 1e-8")]
