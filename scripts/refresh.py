@@ -32,15 +32,21 @@ def merge_streams(outputs: list) -> list:
     return merged
 
 
-def normalise(notebook: nbformat.NotebookNode) -> None:
-    """Strip what varies without meaning."""
-    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+def stable_ids(notebook: nbformat.NotebookNode) -> None:
+    """Cell ids from the cells' own text: a diff of one cell stays one cell."""
     seen: set[str] = set()
     for cell in notebook.cells:
-        cell.id = hashlib.sha256(cell.source.encode()).hexdigest()[:8]  # stable: a diff of one cell stays one cell
+        cell.id = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
         while cell.id in seen:
             cell.id += "b"
         seen.add(cell.id)
+
+
+def normalise(notebook: nbformat.NotebookNode) -> None:
+    """Strip what varies without meaning."""
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    stable_ids(notebook)
+    for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
