@@ -93,6 +93,7 @@ class Generation:
             `generate(…, prompt=more, state=self.state)` goes on from there. After a stop string it has read that too.
         logits: (V,) the model's prediction for the token after those, without penalties.
         stopped_by: the token of args.token_stop or the text of `stop` that ended the writing; None if there was none.
+        cancelled: `cancel` was called.
     """
 
     def __init__(self, model, tokenizer, prompt, n_tokens, args, state, generator, stop=(), logits=None):
@@ -107,6 +108,7 @@ class Generation:
     tokens = property(lambda self: self._row.tokens)
     text = property(lambda self: self._row.text)
     stopped_by = property(lambda self: self._row.stopped_by)
+    cancelled = property(lambda self: self._cancelled)
 
     def __iter__(self) -> Iterator[str]:
         return self

@@ -47,3 +47,22 @@ def number_and_slider(description: str, value: int, low: int, high: int, step: i
     slider = ipywidgets.IntSlider(value=value, min=low, max=high, step=step, readout=False)
     ipywidgets.link((box, "value"), (slider, "value"))  # in the kernel, so that code that sets .value sees both move
     return box, slider
+
+
+def decimal_and_slider(description: str, value: float, low: float, high: float, step: float = 0.05) -> tuple:
+    """The same for decimals."""
+    box = ipywidgets.BoundedFloatText(value=value, min=low, max=high, step=step, description=description,
+                                      style={"description_width": "initial"})
+    slider = ipywidgets.FloatSlider(value=value, min=low, max=high, step=step, readout=False)
+    ipywidgets.link((box, "value"), (slider, "value"))
+    return box, slider
+
+
+def close_all(widget: ipywidgets.Widget) -> None:
+    """Close a widget, everything in it, and their layouts and styles: nothing of them is kept in the kernel."""
+    for child in getattr(widget, "children", ()):
+        close_all(child)
+    for part in ("layout", "style"):
+        if isinstance(getattr(widget, part, None), ipywidgets.Widget):
+            getattr(widget, part).close()
+    ipywidgets.Widget.close(widget)
