@@ -111,7 +111,7 @@ def _look(path: str | os.PathLike) -> tuple[ModelConfig, torch.dtype]:
     """Sizes, and the format of the largest matrix."""
     weights = load_weights(path, mmap=True)
     try:
-        return ModelConfig.from_state_dict(weights), weights["head.weight"].dtype
+        return ModelConfig.from_state_dict(weights), weights["emb.weight"].dtype
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
 
