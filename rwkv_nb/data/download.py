@@ -216,7 +216,7 @@ def _first_line(error: BaseException | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m rwkv_nb download`. Returns the exit code; errors are raised."""
     offers = "".join(f"  {name:10} {offer.what}; into {offer.folder}/\n" for name, offer in OFFERS.items())
-    offers += "\nBy hand, without a connection here: fetch these elsewhere, put them there under these names.\n" + by_hand()
+    offers += "\nBy hand: fetch these elsewhere and put them there under these names.\n" + by_hand()
     parser = argparse.ArgumentParser(
         "python -m rwkv_nb download", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=offers,
         description="Fetch data or weights from the Hugging Face hub; goes on with what was cut off.",
