@@ -62,6 +62,47 @@ def test_cold_is_arg_max_without_nan(temperature):
     assert p.isfinite().all() and float(p[x.argmax()]) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_where_the_package_divides_zero_by_zero_or_keeps_too_many(monkeypatch):
+    """What it is not to repeat, so that a repaired package is noticed."""
+    with np.errstate(invalid="ignore"):
+        assert package_probs(monkeypatch, logits(), 1e-3, 0.85, 0).isnan().all()
+    assert filter_probs(logits(), 1e-3, 0.85).isfinite().all()
+    assert int((package_probs(monkeypatch, torch.zeros(8), 1.0, 0.5, 0) > 0).sum()) == 8
+    assert int((filter_probs(torch.zeros(8), 1.0, 0.5) > 0).sum()) == 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0.1, 4), st.sampled_from([1.0, 1 - 1e-9, 1 - 1e-7]))
+def test_near_one_top_p_keeps_everything_that_matters(seed, spread, top_p):
+    x = logits(5000, seed, spread)
+    kept = filter_probs(x, 1.0, top_p) > 0
+    p = torch.softmax(x.double(), 0)
+    assert float(p[kept].sum()) >= top_p - 1e-12 and (top_p < 1 or bool(kept.all()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40),
+    st.floats(1e-6, 5), st.floats(0, 1), st.integers(0, 40),
+)  # fmt: skip
+def test_always_probabilities_that_keep_the_order(values, temperature, top_p, top_k):
+    x = torch.tensor(values)
+    p = filter_probs(x, temperature, top_p, top_k)
+    assert p.isfinite().all() and float(p.sum()) == pytest.approx(1) and int((p > 0).sum()) <= (top_k or len(x))
+    order = torch.sort(x.double(), descending=True, stable=True).indices  # what is cut is the end of this list
+    assert not (p[order].diff() > 1e-12).any() and p[order[0]] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_as_on_the_processor():
+    x = torch.stack([logits(seed=s) for s in range(4)])
+    there = filter_probs(x.cuda(), 0.7, 0.8, 9)
+    assert there.is_cuda and torch.equal(there.cpu(), filter_probs(x, 0.7, 0.8, 9))
+    args = SamplingArgs(token_ban=(int(x[0].argmax()),))
+    draws = [sample_logits(y, args, torch.Generator().manual_seed(5)) for y in (x, x.cuda())]
+    assert draws[0] == draws[1]
+
+
 def test_hot_is_uniform():
     p = filter_probs(logits(), 1e9, 1.0)
     torch.testing.assert_close(p, torch.full_like(p, 1 / 200), rtol=1e-6, atol=0)
