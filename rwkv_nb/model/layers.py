@@ -19,6 +19,7 @@ from rwkv_nb.wkv import wkv5
 
 from . import fused
 from .config import ModelConfig
+from .products import Linear
 
 
 def _mix_parameter(config: ModelConfig) -> nn.Parameter:
@@ -38,11 +39,11 @@ class TimeMix(nn.Module):
         self.time_mix_r, self.time_mix_g = _mix_parameter(config), _mix_parameter(config)
         self.time_decay = nn.Parameter(torch.empty(heads))
         self.time_faaaa = nn.Parameter(torch.empty(heads))
-        self.receptance = nn.Linear(D, A, bias=False)
-        self.key = nn.Linear(D, A, bias=False)
-        self.value = nn.Linear(D, A, bias=False)
-        self.output = nn.Linear(A, D, bias=False)
-        self.gate = nn.Linear(D, A, bias=False)
+        self.receptance = Linear(D, A)
+        self.key = Linear(D, A)
+        self.value = Linear(D, A)
+        self.output = Linear(A, D)
+        self.gate = Linear(D, A)
         self.ln_x = nn.GroupNorm(heads[0], A)
 
     def forward(self, x: Tensor, x_prev: Tensor, wkv_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,9 +65,9 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.time_mix_k, self.time_mix_r = _mix_parameter(config), _mix_parameter(config)
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.receptance = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        self.key = Linear(config.n_embd, config.dim_ffn)
+        self.receptance = Linear(config.n_embd, config.n_embd)
+        self.value = Linear(config.dim_ffn, config.n_embd)
 
     def forward(self, x: Tensor, x_prev: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D) -> out (B, T, D) and the state after it."""
