@@ -231,6 +231,10 @@ def test_stop_stops_and_what_was_written_stays():
         time.sleep(0.01)
     panel.temperature.value = 2.0  # a knob moved meanwhile disturbs nothing, nor does one that cannot be
     panel.token_ban.value = "x"
+    for _ in range(2):  # it has tried to draw the chances with that
+        told = panel.status.value
+        while panel.status.value == told and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert "is no token id" in panel.error.value and panel.writing
     panel.token_ban.value = ""
     panel.halt.click()
