@@ -7,7 +7,7 @@ Writing reads every weight once a token, so memory is what limits it; products o
 about a third of that limit. Prompts (T > 1) go through the RWKV itself, time-parallel, with the same stored weights.
 
 What it is not: for training, for a GPU, or for the rare options of the model (`rwkv_nb.model.options`). The mathematics
-is in the header of `kernels/decode_cpu.cpp`.
+is in the header of `kernels/decode_cpu.cpp`, products are in `packed_cpu.h`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.wkv import build
 from rwkv_nb.wkv.cpu import openmp
 
-from .packing import Packed, pack
+from .packing import Packed, Pages, pack
 from .prompt import PromptReader
 
 SOURCE = "decode_cpu.cpp"
@@ -42,7 +42,7 @@ def _fields(*pointers: str) -> list:
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [*_fields("data", "scales"), *((name, ctypes.c_int64) for name in ("rows", "columns"))]
+    _fields_ = [*_fields("numbers", "scales"), *((name, ctypes.c_int64) for name in ("rows", "columns"))]
 
 
 class _Norm(ctypes.Structure):
@@ -55,10 +55,6 @@ class _Layer(ctypes.Structure):
         *_fields("mix_k", "mix_v", "mix_r", "mix_g", "decay", "bonus", "ffn_mix_k", "ffn_mix_r"),
         *((name.replace(".", "_"), _Matrix) for name in _MATRICES),
     ]
-
-
-class _State(ctypes.Structure):
-    _fields_ = _fields("att_x", "wkv", "ffn_x", "new_att_x", "new_wkv", "new_ffn_x")
 
 
 class _Step(ctypes.Structure):
@@ -77,6 +73,17 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _Product(ctypes.Structure):
+    """`struct Product`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "storage", "pairs", "threads")),
+        *_fields("parallel", "team"),
+        ("matrix", _Matrix),
+        *_fields("x", "y"),
+    ]
+
+
 def why_not() -> str | None:
     """None if a decoder can run here, else what is missing and the remedy. Compiles nothing."""
     return None if build.find_cxx() else f"no C++ compiler was found: {build.CXX_REMEDY}"
@@ -84,14 +91,32 @@ def why_not() -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return build.load("decode_cpu", [SOURCE], build.cxx_flags())
+    flags = build.cxx_flags(fast_math=False)  # sums are written in the order in which they are quick
+    if "-march=x86-64-v4" in flags and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        flags.append("-mavx512bf16")  # products of bfloat16 numbers; no level of the instruction set includes it
+    return build.load("decode_cpu", [SOURCE], flags)
+
+
+def product(packed: Packed, x: Tensor, y: Tensor) -> None:
+    """x (n, packed.width) times the matrix, turned, into y (n, rows) float32. Raises MemoryError.
+
+    If x is bfloat16, the matrix is rounded to it too; sums are float32 either way.
+    """
+    parallel, team = openmp()
+    call = _Product(
+        n=len(x), storage=FORMATS[packed.numbers.dtype], pairs=x.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(), parallel=parallel, team=team, matrix=_matrix(packed),
+        x=x.data_ptr(), y=y.data_ptr(),
+    )  # fmt: skip
+    if _library().rwkv5_product(ctypes.byref(call)):
+        raise MemoryError(f"Decoder: not enough memory for the scratch of {call.threads} threads; use fewer threads")
 
 
 class Decoder:
     """RWKV for writing: called like the model, (B, T) ids and a state -> logits and the new state.
 
     Args:
-        model: an RWKV on the CPU without rare options. With "float32" its weights are shared, not copied.
+        model: an RWKV on the CPU without rare options. Its weights are copied.
         storage: "float32", "bfloat16" (exact for official files, which hold bfloat16) or "int8".
         products: what the matrices of a prompt are multiplied in, "float32" or "bfloat16", which is faster on
             processors that have instructions for it. A single step always computes in float32.
@@ -118,11 +143,14 @@ class Decoder:
         self.config, self.storage, self.training = c, storage, False
         weights = model.state_dict()
         self._kept: list[Tensor] = []  # what C++ points to
-        self.matrices = {name: pack(weights[f"{name}.weight"], storage) for name in _matrix_names(c.n_layer)}
-        self._emb = pack(weights["emb.weight"], "float32" if storage == "float32" else "bfloat16").numbers
+        pages = Pages()
+        names = _matrix_names(c.n_layer)
+        self.matrices = {name: pack(weights[f"{name}.weight"], storage, pages.empty) for name in names}
+        short = torch.float32 if storage == "float32" else torch.bfloat16
+        self._emb = weights["emb.weight"].detach().to(short).contiguous()
         self._step = self._describe(weights)
         rest = {name: x.float() for name, x in weights.items() if name.removesuffix(".weight") not in self.matrices}
-        self._prompt = PromptReader(c, {**rest, "emb.weight": self._emb}, self.matrices, products)
+        self._prompt = PromptReader(c, {**rest, "emb.weight": self._emb}, self.matrices, products, product)
         self.emb = self._prompt.model.emb  # where callers look for the device
 
     @property
@@ -156,7 +184,8 @@ class Decoder:
             values += [_matrix(self.matrices[of + name]) for name in _MATRICES]
             for (field, _), value in zip(_Layer._fields_, values, strict=True):
                 setattr(layer, field, value)
-        self._layers, self._states = layers, (_State * c.n_layer)()
+        self._layers = layers
+        self._states = torch.zeros(c.n_layer, 6, dtype=torch.int64)  # of `struct State`: pointers to read, to write
         head = self.matrices["head"]
         parallel, team = openmp()
         return _Step(
@@ -164,7 +193,7 @@ class Decoder:
             storage=FORMATS[head.numbers.dtype], eps_x=1e-5 * c.head_size_divisor**2,
             parallel=parallel, team=team, emb=self._emb.data_ptr(), emb_storage=FORMATS[self._emb.dtype],
             ln0=norm("blocks.0.ln0"), ln_out=norm("ln_out"),
-            layers=ctypes.addressof(layers), states=ctypes.addressof(self._states), head=_matrix(head),
+            layers=ctypes.addressof(layers), states=self._states.data_ptr(), head=_matrix(head),
         )  # fmt: skip
 
     def __call__(
@@ -192,10 +221,8 @@ class Decoder:
         ids = ids.to(torch.int64).contiguous()
         state = [x.float().contiguous() for x in state]
         after = [torch.empty_like(x) for x in state]
-        for i, entry in enumerate(self._states):
-            three = slice(3 * i, 3 * i + 3)
-            for (field, _), x in zip(_State._fields_, (*state[three], *after[three]), strict=True):
-                setattr(entry, field, x.data_ptr())
+        for pointers, at in ((self._states[:, :3], state), (self._states[:, 3:], after)):
+            pointers.copy_(torch.tensor([x.data_ptr() for x in at]).view(-1, 3))
         logits = torch.empty(B, c.vocab_size)
         call.B, call.threads, call.ids, call.logits = B, torch.get_num_threads(), ids.data_ptr(), logits.data_ptr()
         if B and _library().rwkv5_step(ctypes.byref(call)):
@@ -208,7 +235,5 @@ def _matrix_names(n_layer: int) -> Iterable[str]:
 
 
 def _matrix(packed: Packed) -> _Matrix:
-    rows, columns = packed.numbers.shape
-    if packed.scales is None:
-        return _Matrix(packed.numbers.data_ptr(), None, rows, columns)
-    return _Matrix(packed.numbers.data_ptr(), packed.scales.data_ptr(), rows, columns)
+    scales = None if packed.scales is None else packed.scales.data_ptr()
+    return _Matrix(packed.numbers.data_ptr(), scales, packed.rows, packed.width)

@@ -1,20 +1,25 @@
-"""Matrices stored short: bfloat16, or 8-bit numbers with a scale for each group of columns.
+"""Matrices stored for products on a processor: as float32, bfloat16, or 8-bit numbers with a scale for 64 columns.
 
-    packed = pack(weight, "int8")        numbers (rows, columns) int8, scales (rows, columns / 64) float32
+    packed = pack(weight, "int8")        panels of 16 rows
     packed.unpack()                      the matrix again, rounded
 
 8 bits: 64 neighbours in a row share one scale, the largest of their absolute values / 127, so each number is off by at
-most half a scale. Rows are filled up with zeros to whole groups. The vectors of a model (norms, mixes, decay, bonus)
-are never packed: they are few, and the state hangs on them.
+most half a scale. The vectors of a model (norms, mixes, decay, bonus) are never packed: they are few, and the state
+hangs on them.
 
-Layout of 8 bits: the 64 numbers of a group lie as 16 words of 4 bytes; word i holds numbers i, 16 + i, 32 + i, 48 + i.
-Then a vector register of words becomes four registers of neighbours by shifts alone.
+Layout: 16 rows are a panel, and in it one column follows the other, so that a vector register holds 16 neighbouring
+rows and a product reads memory from beginning to end. Two columns of bfloat16, or four of 8 bits, lie side by side as
+16 words of 4 bytes, one a row; shifts take them apart. Zeros fill up the last panel, and columns to whole groups of 64
+with 8 bits, to whole words with bfloat16.
 
-What it is not: a product with such a matrix; that is `kernels/decode_cpu.cpp`. Files are not written in this form.
+What it is not: a product with such a matrix; that is `kernels/packed_cpu.h`. Files are not written in this form.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,44 +27,91 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STORAGES = ("float32", "bfloat16", "int8")
-GROUP = 64
+PANEL, GROUP = 16, 64
+_IN_A_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}
+_BLOCK = 1 << 26  # bytes that Pages asks the system for, at least
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix (rows, columns). numbers: float32, bfloat16, or int8 in groups. scales: (rows, groups), int8 alone."""
+    """A matrix (rows, columns).
+
+    numbers: (panels, words in a row, 16, numbers in a word), float32, bfloat16 or int8. scales: (panels, groups, 16)
+    float32, int8 alone.
+    """
 
     numbers: Tensor
+    rows: int
     columns: int
     scales: Tensor | None = None
 
+    @property
+    def width(self) -> int:
+        """Columns, with the zeros that fill up the last word or group."""
+        return self.numbers.shape[1] * self.numbers.shape[3]
+
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, columns) in dtype."""
-        if self.scales is None:
-            return self.numbers.to(dtype)
-        words = self.numbers.view(len(self.numbers), -1, 16, 4).transpose(2, 3)  # (rows, groups, 4, 16)
-        return (words * self.scales[:, :, None, None]).flatten(1)[:, : self.columns].to(dtype)
+        rows = self.numbers.transpose(1, 2).reshape(-1, self.width)
+        if self.scales is not None:
+            scales = self.scales.transpose(1, 2).reshape(len(rows), -1, 1)
+            rows = (rows.view(len(rows), -1, GROUP) * scales).flatten(1)
+        return rows[: self.rows, : self.columns].to(dtype)
 
     @property
     def nbytes(self) -> int:
         return self.numbers.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def pack(weight: Tensor, storage: str) -> Packed:
+def pack(weight: Tensor, storage: str, empty: Callable[..., Tensor] = torch.empty) -> Packed:
     """Store a matrix (rows, columns) as "float32", "bfloat16" or "int8".
+
+    Args:
+        empty: what gives the memory, called as `empty(shape, dtype=...)`; `Pages().empty` is quicker to read from.
 
     Raises:
         ValueError: an unknown storage; infinity or NaN in what is to become 8 bits.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage = {storage!r}: choose from {', '.join(STORAGES)}")
-    weight, (rows, columns) = weight.detach(), weight.shape
-    if storage != "int8":
-        return Packed(weight.to(getattr(torch, storage)).contiguous(), columns)
-    if not torch.isfinite(weight).all():
-        raise ValueError("pack: the matrix holds infinity or NaN, which have no place in 8 bits; use float32")
-    groups = F.pad(weight.float(), (0, -columns % GROUP)).view(rows, -1, GROUP)
-    scales = groups.abs().amax(-1) / 127  # (rows, groups)
-    numbers = torch.round(groups / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).to(torch.int8)
-    words = numbers.view(rows, -1, 4, 16).transpose(2, 3)
-    return Packed(words.reshape(rows, -1).contiguous(), columns, scales.contiguous())
+    weight, (rows, columns), scales = weight.detach(), weight.shape, None
+    whole = GROUP if storage == "int8" else _IN_A_WORD[storage]
+    if rows % PANEL or columns % whole:
+        weight = F.pad(weight, (0, -columns % whole, 0, -rows % PANEL))
+    if storage == "int8":
+        if not torch.isfinite(weight).all():
+            raise ValueError("pack: the matrix holds infinity or NaN, which have no place in 8 bits; use float32")
+        groups = weight.float().view(len(weight), -1, GROUP)
+        steps = groups.abs().amax(-1, keepdim=True) / 127
+        weight = torch.round(groups / steps.clamp_min(torch.finfo(torch.float32).tiny)).flatten(1)
+        scales = _copy(steps.view(-1, PANEL, steps.shape[1]).transpose(1, 2), torch.float32, empty)
+    words = weight.view(-1, PANEL, weight.shape[1] // _IN_A_WORD[storage], _IN_A_WORD[storage])
+    return Packed(_copy(words.transpose(1, 2), getattr(torch, storage), empty), rows, columns, scales)
+
+
+def _copy(x: Tensor, dtype: torch.dtype, empty: Callable[..., Tensor]) -> Tensor:
+    return empty(x.shape, dtype=dtype).copy_(x)
+
+
+class Pages:
+    """Memory for many matrices in large pages, where the system has them: reading it needs no search for each 4 KB.
+
+    Where it cannot be asked for (only Linux can), it is memory as usual. It is given back when the last tensor is gone.
+    """
+
+    def __init__(self) -> None:
+        self._block: mmap.mmap | None = None
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor like torch.empty's."""
+        size = math.prod(shape) * dtype.itemsize
+        if not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
+            return torch.empty(shape, dtype=dtype)
+        if self._block is None or self._used + size > len(self._block):
+            self._block = mmap.mmap(-1, max(size, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._block.madvise(mmap.MADV_HUGEPAGE)
+            self._used = 0
+        x = torch.frombuffer(self._block, dtype=dtype, count=math.prod(shape), offset=self._used)
+        self._used += -(-size // 64) * 64  # whole cache lines
+        return x.view(shape)
