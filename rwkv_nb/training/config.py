@@ -121,6 +121,7 @@ class TrainConfig:
     strategy: str = _flag("auto", "machine", "Lightning's strategy: auto, ddp, deepspeed_stage_2, …")
     precision: str = _flag("fp16", "machine", "fp32, tf32, fp16 or bf16; weights themselves stay float32")
     grad_cp: int = _flag(0, "machine", "1: recompute activations in the backward pass: less memory, slower")
+    compile: int = _flag(0, "machine", "1: torch.compile the blocks: a minute at the start, then sometimes quicker")
     ds_bucket_mb: int = _flag(200, "machine", "DeepSpeed's bucket size in MB")
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from rwkv_nb.data.held_out import split
 from rwkv_nb.data.magic_prime import explain
 from rwkv_nb.data.sampler import check_prime
 from rwkv_nb.data.tokenizer import WorldTokenizer
+from rwkv_nb.training.compiling import why_not
 from rwkv_nb.training.config import DATA_TYPES, MINI_EPOCH
 
 if TYPE_CHECKING:
@@ -193,6 +194,8 @@ def _packages(cfg: TrainConfig) -> Iterator[str]:
 
 def _devices(cfg: TrainConfig, found: Findings) -> None:
     gpus = visible_gpus()
+    if cfg.compile == 1 and (reason := why_not(cfg.accelerator == "cpu" or gpus == 0)):
+        found.problems.append(f"compile=1: {reason}; install it, or use --compile 0")
     if cfg.accelerator in ("gpu", "cuda") and gpus == 0:
         found.problems.append(f"accelerator={cfg.accelerator!r}: no GPU is visible here; use --accelerator cpu, or "
                               "auto to take what there is")

@@ -50,7 +50,7 @@ def did_you_mean(word: str, known: object) -> str:
 def _choices(c: TrainConfig) -> list[tuple[bool, str]]:
     allowed = {"data_type": DATA_TYPES, "precision": PRECISIONS, "recipe": RECIPES, "logger": LOGGERS,
                "resume": RESUMES, "accelerator": ACCELERATORS, "my_pile_stage": range(5), "my_pile_version": (1, 2),
-               "my_qa_mask": (0, 1, 2), "load_partial": (0, 1), "grad_cp": (0, 1)}  # fmt: skip
+               "my_qa_mask": (0, 1, 2), "load_partial": (0, 1), "grad_cp": (0, 1), "compile": (0, 1)}  # fmt: skip
     rules = [
         (getattr(c, name) not in values, f"{name}={getattr(c, name)!r}: use one of {', '.join(map(str, values))}")
         for name, values in allowed.items()
@@ -139,6 +139,9 @@ def _others(c: TrainConfig) -> list[tuple[bool, str]]:
         (cpu and not one and c.strategy.startswith(("deepspeed", "fsdp")),
          f"strategy={c.strategy!r}: needs GPUs; several processes on processors (accelerator='cpu', devices="
          f"{c.devices}, num_nodes={c.num_nodes}) share the work with strategy='ddp'"),
+        (c.compile == 1 and ("stage_3" in c.strategy or c.strategy.startswith("fsdp")),
+         f"compile=1: with strategy={c.strategy!r}, which cuts the parameters, it is not built; use compile=0, or "
+         "strategy=ddp or deepspeed_stage_2"),
         (c.val_every > 0 and c.val_split == 0,
          f"val_every={c.val_every}: nothing is held out; give val_split, such as 0.01"),
         (c.val_split > 0 and (c.data_type == "uint16" or c.my_pile_version == 2),

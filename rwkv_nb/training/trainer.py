@@ -23,6 +23,7 @@ from rwkv_nb.data.dataset import DataConfig, TokenDataset
 from rwkv_nb.data.sources import Source
 from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.training.checkpoint import load_checkpoint, save_checkpoint
+from rwkv_nb.training.compiling import compiled
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.files import remove_orphans
 from rwkv_nb.training.interrupts import Interrupted, quiet, stop_on_interrupt
@@ -111,7 +112,8 @@ def train(
             set_progress(trainer, epoch - cfg.epoch_begin, step)
             module.done[epoch] = start.state.batch
         start = None  # RunBook lets go of it as soon as it is restored
-        trainer.fit(module)
+        with compiled(model, cfg.compile == 1):
+            trainer.fit(module)
     if stop.number is not None:
         interrupted = Interrupted(stop.number)
         if raise_interrupt:
