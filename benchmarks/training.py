@@ -1,7 +1,7 @@
 """How fast does a model train on a CPU, how much memory does that take, and where does the time go?
 
-    python benchmarks/training.py                      all tables; about four minutes on two cores
-    python benchmarks/training.py --only speed,world   some of them: speed, world, parts, memory
+    python benchmarks/training.py                      all tables; about six minutes on two cores
+    python benchmarks/training.py --only speed,world   some of them: speed, compile, loading, world, parts, memory
     python benchmarks/training.py --quick              small models, few steps: does everything run?
 
 A step is what the trainer does: forward, loss, backward, clipping, fused Adam; the batch is random. Ways take turns of
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,10 +36,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from wkv import print_table
 
+from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
 from rwkv_nb.model import fused
 from rwkv_nb.model.loss import next_token_loss
 from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.training.compiling import compiled as compiled_blocks
+from rwkv_nb.training.compiling import why_not
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.machine import autocast, keep_freed_memory
 from rwkv_nb.training.optimizer import build_optimizer
@@ -60,6 +64,7 @@ class Size:
 
 
 SMALL, WORLD, SCRIPTS = Size(6, 256, 96, 256, 8), Size(6, 256, 65536, 256, 8), Size(12, 768, 65536, 512, 1)
+NOTEBOOK = Size(3, 128, 96, 128, 16)  # of notebook 07: small, so its steps are short
 QUICK, QUICK_WORLD, QUICK_SCRIPTS = Size(2, 64, 96, 64, 2), Size(2, 64, 8192, 64, 2), Size(2, 64, 8192, 64, 1)
 LETTERS = [chr(i) for i in (10, *range(32, 127))]
 
@@ -149,34 +154,48 @@ class Step:
 
 
 class Clock(pl.Callback):
-    """Seconds of the quickest step, from the start of one to the start of the next."""
+    """Seconds of the quickest step, from the start of one to the start of the next; and what passed between two."""
 
     def __init__(self) -> None:
-        self.last, self.best = None, float("inf")
+        self.last, self.ended, self.best, self.between = None, None, float("inf"), []
 
     def on_train_batch_start(self, *_) -> None:
         now = time.perf_counter()
-        self.best = min(self.best, now - self.last) if self.last else self.best
+        if self.last:
+            self.best = min(self.best, now - self.last)
+            self.between.append(now - self.ended)
         self.last = now
+
+    def on_train_batch_end(self, *_) -> None:
+        self.ended = time.perf_counter()
 
 
 class LightningSteps:
-    """The trainer itself: `seconds()` trains for a few steps and tells the quickest."""
+    """The trainer itself: `seconds()` trains for a few steps and tells the quickest, on text or on binidx data."""
 
-    def __init__(self, size: Size, folder: str, steps: int = 5) -> None:
+    def __init__(self, size: Size, folder: str, steps: int = 5, data_type: str = "utf-8") -> None:
         text = Path(folder) / "letters.txt"
-        text.write_text("".join(LETTERS[i % len(LETTERS)] for i in range(100_000)), encoding="utf-8")
+        if data_type == "binidx":
+            tokens = torch.randint(0, size.V, (4_000_000,)).numpy()
+            with MMapIndexedDatasetBuilder(text) as builder:
+                builder.add_item(tokens)
+                builder.end_document()
+        else:
+            text.write_text("".join(LETTERS[i % len(LETTERS)] for i in range(100_000)), encoding="utf-8")
         self.cfg = config_of(
-            size, data_file=str(text), data_type="utf-8", proj_dir=str(Path(folder) / "out"), epoch_steps=steps,
+            size, data_file=str(text), data_type=data_type, proj_dir=str(Path(folder) / "out"), epoch_steps=steps,
             my_exit_tokens=steps * size.B * size.T, random_seed=0,
         )  # fmt: skip
         self.dataset = TokenDataset(DataConfig.from_flags(self.cfg))
         self.model = RWKV(self.cfg.model_config())
 
-    def seconds(self) -> float:
+    def clock(self) -> Clock:
         clock = Clock()
         train(self.cfg, model=self.model, dataset=self.dataset, callbacks=[clock], progress=False)
-        return clock.best
+        return clock
+
+    def seconds(self) -> float:
+        return self.clock().best
 
 
 # ---- what is measured
@@ -246,6 +265,38 @@ def speed(size: Size, turns: int) -> None:
     print_table(f"Speed, {size}", head, rows)
 
 
+def compiled(size: Size, turns: int) -> None:
+    """The flag compile: what torch.compile makes of a step."""
+    if reason := why_not(on_cpu=True):
+        print(f"\nNo table of torch.compile: {reason}")
+        return
+    rows = []
+    for name in ("RWKV-5", "RWKV-5, bf16"):
+        ours, theirs = Step(name, size), Step(name, size)
+        with compiled_blocks(theirs.model, True):
+            start = time.perf_counter()
+            theirs.run()
+            first = time.perf_counter() - start
+            best = take_turns({"ours": ours.seconds, "compiled": theirs.seconds}, turns)
+        ours, compiled = best["ours"], best["compiled"]
+        rows.append([name, f"{ours * 1e3:.0f}", f"{compiled * 1e3:.0f}", f"{ours / compiled:.2f}", f"{first:.0f}"])
+    head = ["", "ms a step", "compiled", "times as quick", "seconds of the first step"]
+    print_table(f"torch.compile, {size}", head, rows)
+
+
+def loading(sizes: list[Size], steps: int) -> None:
+    """How long a step waits for its batch: all that passes between the end of one step and the start of the next."""
+    rows = []
+    for size in sizes:
+        for data_type in ("utf-8", "binidx"):
+            with tempfile.TemporaryDirectory() as folder:
+                clock = LightningSteps(size, folder, steps, data_type).clock()
+            wait = statistics.median(clock.between)
+            took = [str(size), data_type, f"{clock.best * 1e3:.1f}", f"{wait * 1e3:.2f}", f"{wait / clock.best:.2%}"]
+            rows.append(took)
+    print_table("Waiting for data", ["", "data", "ms a step", "ms between two", "share"], rows)
+
+
 def world(size: Size, turns: int) -> None:
     names = ["plain head", "sliced head", "plain head, bf16", "sliced head, bf16"]
     steps = {name: Step(name, size) for name in names}
@@ -258,7 +309,7 @@ def world(size: Size, turns: int) -> None:
 
 
 GROUPS = {  # words in the name of an operation -> part of the step
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "_linear_pointwise"),
     "WKV or attention": ("wkv5", "scaled_dot_product"),
     "optimizer and clipping": ("fused_adam", "vector_norm", "foreach", "Optimizer"),
     "loss": ("HeadLoss", "L2Wrap", "softmax", "logsumexp", "nll_loss"),
@@ -322,7 +373,7 @@ def memory(size: Size) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tables = ("speed", "world", "parts", "memory")
+    tables = ("speed", "compile", "loading", "world", "parts", "memory")
     parser.add_argument("--only", default=",".join(tables), help=f"some of {', '.join(tables)}, as in speed,world")
     parser.add_argument("--memory", action="store_true", help="the same as --only memory")
     parser.add_argument("--quick", action="store_true", help="small models, few steps")
@@ -346,6 +397,10 @@ def main() -> None:
     products(turns)
     if "speed" in wanted:
         speed(small, turns)
+    if "compile" in wanted:
+        compiled(small, turns)
+    if "loading" in wanted:
+        loading([small] if options.quick else [small, NOTEBOOK], 4 if options.quick else 20)
     if "world" in wanted:
         world(large, turns)
         adam(large, max(1, turns // 3))
