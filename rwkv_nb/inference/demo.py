@@ -26,7 +26,7 @@ from .strategy import parse_strategy
 PROMPT = "\nAttention Free Transformer is"
 ARGS = SamplingArgs(temperature=1.0, top_p=0.7, top_k=100, alpha_frequency=0.25, alpha_presence=0.25,
                     alpha_decay=0.996, token_ban=(0,), token_stop=(), chunk_len=256)  # fmt: skip
-WORDS = "\nIt is a"  # what 187 510 1563 310 247 mean to the 20B tokenizer; any text will do
+WORDS = "\nThe following is a"  # what the ids of the article, 187 510 1563 310 247, mean to the 20B tokenizer
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # of the largest logit: rounding, in another order
 
 

@@ -13,6 +13,9 @@ What it is not: the reader of strategies (`strategy.py`), or the choice between 
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
 import os
 import shutil
 import sys
@@ -43,7 +46,7 @@ class PackageEngine:
             raise ValueError(f"{path}: has n_layer = 1, which the `rwkv` package cannot load; use 'cpu fp32'")
         package = import_package()
         self.config, self.plan = config, plan
-        self.package = package.RWKV(str(path).removesuffix(".pth"), plan.text, verbose=False)
+        self.package = _load(package, str(path).removesuffix(".pth"), plan)
         self.emb = types.SimpleNamespace(weight=self.package.w["emb.weight"])  # where callers look for the device
 
     def __call__(
@@ -59,6 +62,20 @@ class PackageEngine:
             rows.append(logits.view(-1, self.config.vocab_size))
             states.append(own)
         return torch.stack(rows).float(), [torch.stack(parts) for parts in zip(*states, strict=True)]
+
+
+def _load(package: types.ModuleType, path: str, plan: Plan):
+    """The package's model. It collects garbage after each layer, seconds where much is loaded: here it finds nothing.
+
+    Without a GPU it also prints for every streamed matrix that memory runs out, since it cannot pin it: not shown.
+    """
+    silent = contextlib.redirect_stdout(io.StringIO()) if plan.devices == ("cpu",) else contextlib.nullcontext()
+    gc.freeze()
+    try:
+        with silent:
+            return package.RWKV(path, plan.text, verbose=False)
+    finally:
+        gc.unfreeze()
 
 
 def import_package() -> types.ModuleType:

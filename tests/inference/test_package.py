@@ -1,5 +1,6 @@
 """The package's switches, and float16 without overflow."""
 
+import gc
 import os
 import sys
 import types
@@ -9,6 +10,7 @@ import torch
 
 from rwkv_nb.inference import package
 from rwkv_nb.inference.rescale import rescale
+from rwkv_nb.inference.strategy import parse_strategy
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import init_weights
 from rwkv_nb.model.rwkv import RWKV
@@ -61,12 +63,15 @@ def test_cuda_kernels_without_their_tools_are_refused_before_anything_is_compile
     assert "rwkv.model" not in sys.modules
 
 
+def deep_weights(config):
+    g = torch.Generator().manual_seed(1)
+    return {name: x + 0.1 * torch.randn(x.shape, generator=g) for name, x in init_weights(config, seed=0).items()}
+
+
 def deep(growth):
     """A model whose residual stream grows by about `growth` with each block from the seventh on."""
-    weights = init_weights(DEEP, seed=0)
-    g = torch.Generator().manual_seed(1)
+    weights = deep_weights(DEEP)
     for name, x in weights.items():
-        x += 0.1 * torch.randn(x.shape, generator=g)
         if name.endswith("ffn.value.weight") and int(name.split(".")[1]) >= 6:
             x *= growth
     return RWKV(DEEP, weights).eval().requires_grad_(False)
@@ -98,3 +103,16 @@ def test_what_overflows_float16_does_not_when_halved():
     assert not torch.isfinite(deep(1.1e4).half()(idx)[0]).all()
     got, _ = rescale(deep(1.1e4).half())(idx)
     assert float((got - want).abs().max()) < 0.05 * float(want.abs().max())
+
+
+def test_loading_is_silent_and_leaves_the_garbage_collector_as_it_was(tmp_path, capsys):
+    config = ModelConfig(2, 64, 40)
+    torch.save(deep_weights(config), tmp_path / "small.pth")
+    frozen = gc.get_freeze_count()
+    engine = package.PackageEngine(tmp_path / "small.pth", parse_strategy("cpu bf16 *1+", 2), config)
+    assert capsys.readouterr().out == "" and gc.get_freeze_count() == frozen
+    assert torch.isfinite(engine(torch.tensor([[1, 2, 3]]))[0]).all()
+    (tmp_path / "small.pth").unlink()
+    with pytest.raises(FileNotFoundError):
+        package.PackageEngine(tmp_path / "small.pth", parse_strategy("cpu bf16", 2), config)
+    assert gc.get_freeze_count() == frozen
