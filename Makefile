@@ -1,6 +1,7 @@
 # make lab      JupyterLab on notebook 00 (ARGS="--no-browser --port 8890" pass through)
 # make test     every test and every notebook cell
 # make refresh  re-execute the notebooks in place (NB=notebooks/01_tokenizer.ipynb for one)
+# make book     the course as a static site, from the stored outputs: build/book/html/index.html
 # make bench    the benchmarks; make setup: only the environment; make clean: throw it away
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv/bin
 ARGS ?=
 NB ?=
 
-.PHONY: setup lab test refresh bench lint clean
+.PHONY: setup lab test refresh book bench lint clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
@@ -27,6 +28,9 @@ test: setup
 refresh: setup
 	$(VENV)/python scripts/refresh.py $(NB)
 
+book: setup
+	$(VENV)/python scripts/build_book.py
+
 bench: setup
 	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/python $$script || exit 1; done
 
@@ -34,4 +38,4 @@ lint: setup
 	$(VENV)/ruff check .
 
 clean:
-	rm -rf .venv data/built data/*.bin data/*.idx data/*.meta.json test-artefacts
+	rm -rf .venv build/book data/built data/*.bin data/*.idx data/*.meta.json test-artefacts
