@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from rwkv_nb.teaching import plots
-from rwkv_nb.teaching.sampling_steps import label, likeliest
+from rwkv_nb.teaching.sampling_steps import label, likeliest, percent
 
 WAY = (
     ("model", "logits"),
@@ -39,7 +39,7 @@ def way() -> Figure:
     """The steps between two tokens, and the arrow back."""
     fig, ax = plots.figure(width=9.6, height=1.9)
     ax.set_axis_off()
-    ax.set(xlim=(-0.1, len(WAY)), ylim=(-0.2, 1.0))
+    ax.set(xlim=(-0.1, len(WAY)), ylim=(-0.3, 1.0))
     box = {"boxstyle": "round,pad=0.45", "facecolor": "#e8f1f8", "edgecolor": plots.COLOURS[0], "linewidth": 1.4}
     for i, (name, detail) in enumerate(WAY):
         ax.text(i + 0.45, 0.8, name, ha="center", va="center", bbox=box, fontsize=9)
@@ -48,7 +48,7 @@ def way() -> Figure:
             ax.annotate("", xy=(i + 0.02, 0.8), xytext=(i - 0.12, 0.8), arrowprops={"arrowstyle": "->", "lw": 1.4})
     back = {"arrowstyle": "->", "lw": 1.4, "connectionstyle": "bar,fraction=-0.03", "color": plots.COLOURS[0]}
     ax.annotate("", xy=(0.45, 0.12), xytext=(len(WAY) - 0.55, 0.12), arrowprops=back)
-    ax.text(len(WAY) / 2, -0.07, "read it, and again", ha="center", va="center", fontsize=8)
+    ax.text(len(WAY) / 2, -0.16, "read it, and again", ha="center", va="center", fontsize=8)
     return fig
 
 
@@ -65,9 +65,9 @@ def bars(chances: Mapping[str, Tensor], tokenizer, n: int = 12, width: float = 2
         values = [float(p[t]) for t in tokens]
         ax.barh(range(len(tokens)), values, **plots.bar(0))
         for i, value in enumerate(values):
-            ax.text(value + 0.02 * top, i, f"{100 * value:.1f}" if value else "–", va="center", fontsize=7)
+            ax.text(value + 0.02 * top, i, percent(value), va="center", fontsize=7)
         left = int((p > 0).sum())
-        ax.set(title=name, xlim=(0, 1.22 * top), xlabel=f"chance; {left} token{'s' * (left != 1)} left")
+        ax.set(title=name, xlim=(0, 1.3 * top), xlabel=f"chance; {left} token{'s' * (left != 1)} left")
     axes[0, 0].set_yticks(range(len(tokens)), [label(tokenizer, t) for t in tokens], family="monospace")
     axes[0, 0].invert_yaxis()
     return fig
@@ -133,7 +133,7 @@ def cost(read: Mapping[str, int]) -> Figure:
     return fig
 
 
-def window_share(text: str, size: int = 12) -> np.ndarray:
+def repeated(text: str, size: int = 12) -> np.ndarray:
     """For each place of a text, whether its `size` characters stood earlier in it: 1 in a loop, 0 for new text."""
     seen: set[str] = set()
     found = []

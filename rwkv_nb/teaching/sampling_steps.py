@@ -97,7 +97,7 @@ def chances_html(chances: dict[str, Tensor], tokenizer, tail: str = "") -> str:
     body = "".join(
         f"<tr><th scope='row' style='{CELL}'>{html.escape(what)}</th>"
         + "".join(
-            f"<td style='{CELL}'><span style='{BAR}; width:{5 * p:.2f}em'></span>{percent(p)}</td>" for p in values
+            f"<td style='{CELL}'><span style='{BAR}; width:{6 * p:.2f}em'></span>{percent(p)}</td>" for p in values
         )
         + "</tr>"
         for what, values in rows(chances, tokenizer)
@@ -114,7 +114,7 @@ def text_html(prompt: str, text: str) -> str:
     """The prompt in grey, what was written in black, nothing obeyed as HTML."""
     return (
         f"<div style='{FRAME}; min-height:4em'><span style='opacity:0.65'>{html.escape(prompt)}</span>"
-        f"<b style='font-weight:600'>{html.escape(text)}</b></div>"
+        f"<span>{html.escape(text)}</span></div>"
     )
 
 

@@ -170,6 +170,8 @@ def test_the_chances_follow_every_knob_at_once():
         slider.value = value
     assert panel.temperature.value == 0 and panel.top_p.value == 0.25
     assert [row[-1] for row in shown(panel).values()].count("100.0 %") == 1
+    panel._pairs["temperature"][1].value = 0.15000000000000002  # as a browser counts
+    assert panel.temperature.value == 0.15
     panel.close()
 
 

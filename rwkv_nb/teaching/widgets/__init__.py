@@ -54,7 +54,8 @@ def decimal_and_slider(description: str, value: float, low: float, high: float, 
     box = ipywidgets.BoundedFloatText(value=value, min=low, max=high, step=step, description=description,
                                       style={"description_width": "initial"})
     slider = ipywidgets.FloatSlider(value=value, min=low, max=high, step=step, readout=False)
-    ipywidgets.link((box, "value"), (slider, "value"))
+    rounded = (float, lambda moved: round(moved, 6))  # a browser makes 0.15000000000000002 of three steps of 0.05
+    ipywidgets.link((box, "value"), (slider, "value"), transform=rounded)
     return box, slider
 
 

@@ -73,7 +73,7 @@ class SamplingPanel(Panel):
             "temperature": decimal_and_slider("temperature", start.temperature, 0, 3),
             "top_p": decimal_and_slider("top_p", start.top_p, 0, 1),
             "top_k": number_and_slider("top_k (0: no limit)", start.top_k, 0, 100),
-            "alpha_decay": decimal_and_slider("alpha_decay", start.alpha_decay, 0, 1, 0.002),
+            "alpha_decay": decimal_and_slider("alpha_decay", start.alpha_decay, 0, 1, 0.001),
             "alpha_presence": decimal_and_slider("alpha_presence", start.alpha_presence, -1, 2),
             "alpha_frequency": decimal_and_slider("alpha_frequency", start.alpha_frequency, -1, 2),
         }
