@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
 
@@ -135,7 +136,8 @@ class MMapIndexedDatasetBuilder:
 
     def abort(self) -> None:
         """Give up: remove the temporary files, leave the present pair as it is."""
-        self._close()
+        with suppress(OSError):  # on a full disk there is no room for what is still in its buffer
+            self._close()
         discard(self.prefix)
 
     def _close(self) -> None:
