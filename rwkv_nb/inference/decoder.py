@@ -16,6 +16,7 @@ import ctypes
 import functools
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.wkv import build
 from rwkv_nb.wkv.cpu import openmp
 
-from .packing import Packed, Pages, pack
+from .buffers import Pages, Recycled
+from .packing import Packed, pack
 from .prompt import PromptReader
 
 SOURCE = "decode_cpu.cpp"
@@ -143,6 +145,7 @@ class Decoder:
         self.config, self.storage, self.training = c, storage, False
         weights = model.state_dict()
         self._kept: list[Tensor] = []  # what C++ points to
+        self._states_memory, self._logits_memory = Recycled(), Recycled()
         pages = Pages()
         names = _matrix_names(c.n_layer)
         self.matrices = {name: pack(weights[f"{name}.weight"], storage, pages.empty) for name in names}
@@ -185,7 +188,7 @@ class Decoder:
             for (field, _), value in zip(_Layer._fields_, values, strict=True):
                 setattr(layer, field, value)
         self._layers = layers
-        self._states = torch.zeros(c.n_layer, 6, dtype=torch.int64)  # of `struct State`: pointers to read, to write
+        self._states = np.zeros((c.n_layer, 6), np.int64)  # of `struct State`: pointers to read, to write
         head = self.matrices["head"]
         parallel, team = openmp()
         return _Step(
@@ -193,7 +196,7 @@ class Decoder:
             storage=FORMATS[head.numbers.dtype], eps_x=1e-5 * c.head_size_divisor**2,
             parallel=parallel, team=team, emb=self._emb.data_ptr(), emb_storage=FORMATS[self._emb.dtype],
             ln0=norm("blocks.0.ln0"), ln_out=norm("ln_out"),
-            layers=ctypes.addressof(layers), states=self._states.data_ptr(), head=_matrix(head),
+            layers=ctypes.addressof(layers), states=self._states.ctypes.data, head=_matrix(head),
         )  # fmt: skip
 
     def __call__(
@@ -209,8 +212,17 @@ class Decoder:
         """The state before the first token; see `RWKV.new_state`."""
         return [x.float() for x in self._prompt.model.new_state(batch_size)]
 
+    def _shapes(self, B: int) -> list[torch.Size]:
+        """Of a layer's state."""
+        c = self.config
+        x = torch.Size((B, c.n_embd))
+        return [x, torch.Size((B, c.n_head, c.head_size_a, c.head_size_a)), x]
+
     def step(self, ids: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """One token for each of B rows: ids (B,) int64, state as of RWKV -> logits (B, V) float32, the new state."""
+        """One token for each of B rows: ids (B,) int64, state as of RWKV -> logits (B, V) float32, the new state.
+
+        Raises ValueError: an id outside the vocabulary, or a state of other shapes.
+        """
         c, call = self.config, self._step
         B = ids.shape[0]
         if B and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
@@ -219,11 +231,20 @@ class Decoder:
                 f"{c.vocab_size}: was the text encoded with another tokenizer?"
             )
         ids = ids.to(torch.int64).contiguous()
-        state = [x.float().contiguous() for x in state]
-        after = [torch.empty_like(x) for x in state]
-        for pointers, at in ((self._states[:, :3], state), (self._states[:, 3:], after)):
-            pointers.copy_(torch.tensor([x.data_ptr() for x in at]).view(-1, 3))
-        logits = torch.empty(B, c.vocab_size)
+        state = [x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous() for x in state]
+        shapes = self._shapes(B)
+        if [x.shape for x in state] != shapes * c.n_layer:
+            raise ValueError(
+                f"Decoder: the state must be {3 * c.n_layer} tensors, the first three of shapes {shapes}, got "
+                f"{len(state)}, the first three of shapes {[tuple(x.shape) for x in state[:3]]}"
+            )
+        sizes = [c.n_layer * shape.numel() for shape in shapes]
+        memory = self._states_memory.empty(sum(sizes)).split(sizes)
+        kinds = [x.view(c.n_layer, *shape) for x, shape in zip(memory, shapes, strict=True)]
+        after = [x for layer in zip(*(kind.unbind() for kind in kinds), strict=True) for x in layer]
+        for columns, tensors in ((slice(3), state), (slice(3, 6), after)):
+            self._states[:, columns] = np.array([x.data_ptr() for x in tensors]).reshape(-1, 3)
+        logits = self._logits_memory.empty(B * c.vocab_size).view(B, c.vocab_size)
         call.B, call.threads, call.ids, call.logits = B, torch.get_num_threads(), ids.data_ptr(), logits.data_ptr()
         if B and _library().rwkv5_step(ctypes.byref(call)):
             raise MemoryError(f"Decoder: not enough memory for a step of {B} rows")

@@ -17,8 +17,6 @@ What it is not: a product with such a matrix; that is `kernels/packed_cpu.h`. Fi
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +27,6 @@ from torch import Tensor
 STORAGES = ("float32", "bfloat16", "int8")
 PANEL, GROUP = 16, 64
 _IN_A_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}
-_BLOCK = 1 << 26  # bytes that Pages asks the system for, at least
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def pack(weight: Tensor, storage: str, empty: Callable[..., Tensor] = torch.empt
     """Store a matrix (rows, columns) as "float32", "bfloat16" or "int8".
 
     Args:
-        empty: what gives the memory, called as `empty(shape, dtype=...)`; `Pages().empty` is quicker to read from.
+        empty: gives the memory, called as `empty(shape, dtype=...)`; that of `buffers.Pages` is quicker to read.
 
     Raises:
         ValueError: an unknown storage; infinity or NaN in what is to become 8 bits.
@@ -91,27 +88,3 @@ def pack(weight: Tensor, storage: str, empty: Callable[..., Tensor] = torch.empt
 
 def _copy(x: Tensor, dtype: torch.dtype, empty: Callable[..., Tensor]) -> Tensor:
     return empty(x.shape, dtype=dtype).copy_(x)
-
-
-class Pages:
-    """Memory for many matrices in large pages, where the system has them: reading it needs no search for each 4 KB.
-
-    Where it cannot be asked for (only Linux can), it is memory as usual. It is given back when the last tensor is gone.
-    """
-
-    def __init__(self) -> None:
-        self._block: mmap.mmap | None = None
-        self._used = 0
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor like torch.empty's."""
-        size = math.prod(shape) * dtype.itemsize
-        if not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
-            return torch.empty(shape, dtype=dtype)
-        if self._block is None or self._used + size > len(self._block):
-            self._block = mmap.mmap(-1, max(size, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._block.madvise(mmap.MADV_HUGEPAGE)
-            self._used = 0
-        x = torch.frombuffer(self._block, dtype=dtype, count=math.prod(shape), offset=self._used)
-        self._used += -(-size // 64) * 64  # whole cache lines
-        return x.view(shape)

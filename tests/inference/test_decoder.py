@@ -7,14 +7,16 @@ from hypothesis import strategies as st
 
 from rwkv_nb.data.characters import CharTokenizer
 from rwkv_nb.inference import decoder as decoder_module
+from rwkv_nb.inference.buffers import Pages, Recycled
 from rwkv_nb.inference.decoder import Decoder, product
 from rwkv_nb.inference.generation import generate
-from rwkv_nb.inference.packing import GROUP, STORAGES, Pages, pack
+from rwkv_nb.inference.packing import GROUP, STORAGES, pack
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import init_weights
 from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.wkv import build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NO_COMPILER = pytest.mark.skipif(decoder_module.why_not() is not None, reason=str(decoder_module.why_not()))
 
 
@@ -56,7 +58,7 @@ def close(got, want, tolerance=2e-6):
 @pytest.mark.parametrize("B", [1, 2, 3, 7, 8, 19])
 def test_equals_the_model_in_float64(storage, B):
     model = make_model()
-    ids = torch.randint(0, 77, (B, 5), generator=torch.Generator().manual_seed(B))
+    ids = torch.randint(0, 77, (B, 4), generator=torch.Generator().manual_seed(B))
     got, state = walk(Decoder(model, storage).step, ids, model.new_state(B))
     want, want_state = truth(model, ids, storage)
     assert close(got, want)
@@ -162,6 +164,9 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     decoder = Decoder(make_model())
     with pytest.raises(ValueError, match="token ids run from 4 to 77, but this model has vocab_size = 77"):
         decoder.step(torch.tensor([4, 77]), make_model().new_state(2))
+    for state in (make_model().new_state(2), make_model().new_state()[:-1], make_model(head_size_a=32).new_state()):
+        with pytest.raises(ValueError, match=r"the state must be 6 tensors, the first three of shapes"):
+            decoder.step(torch.tensor([4]), state)
     with pytest.raises(ValueError, match="storage = 'int4': choose from float32, bfloat16, int8"):
         Decoder(make_model(), "int4")
     with pytest.raises(ValueError, match="head_size_a = 8 is no multiple of 16"):
@@ -210,6 +215,22 @@ def test_memory_in_large_pages_is_memory():
     assert [tuple(x.shape) for x in tensors] == [*sizes, (3,)] and tensors[-1].dtype == torch.float32
     assert all(bool((x == i).all()) for i, x in enumerate(tensors))
     assert all(x.data_ptr() % 64 == 0 for x in tensors if x.numel())
+
+
+def test_recycled_memory_is_lent_to_one_at_a_time():
+    recycled = Recycled()
+    first, second = recycled.empty(10), recycled.empty(10)
+    view, at = first[3:5].fill_(1), first.data_ptr()
+    second.fill_(2)
+    del first
+    third = recycled.empty(10).fill_(3)  # the view still holds the first one's memory
+    assert len({at, second.data_ptr(), third.data_ptr()}) == 3 and view.tolist() == [1, 1]
+    del view
+    assert recycled.empty(10).data_ptr() == at
+    assert recycled.empty(7).shape == (7,) and recycled.empty(0).shape == (0,)
+    kept = second.clone()
+    del recycled
+    assert torch.equal(second, kept)
 
 
 @NO_COMPILER

@@ -21,6 +21,7 @@ from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.model.weights import load_weights
 
 os.environ.setdefault("RWKV_JIT_ON", "0")  # read when the package is imported: without it, no minutes of compiling
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHARS = CharTokenizer.from_text("\n :abcdefghijAUnrst")
 
 

@@ -1,0 +1,13 @@
+"""Fixtures of the tests that run small models."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def one_thread():
+    """Models this small gain nothing from more threads, and lose much where other programs use the processor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
