@@ -17,7 +17,9 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rwkv_nb.data.standard_library import (
     ALPHABET,
@@ -26,6 +28,9 @@ from rwkv_nb.data.standard_library import (
     reduce_characters,
     standard_library_text,
 )
+
+if TYPE_CHECKING:
+    import numpy as np  # the functions that need it import it themselves
 
 __all__ = [
     "ALPHABET",
@@ -63,7 +68,7 @@ def demo_path(path: str | os.PathLike | None = None) -> Path:
     )
 
 
-def characters_to_ids(text: str):
+def characters_to_ids(text: str) -> np.ndarray:
     """(len(text),) uint8: position of every character in ALPHABET. Raises CorpusError for a character outside it."""
     import numpy as np
 
@@ -78,7 +83,7 @@ def characters_to_ids(text: str):
     raise CorpusError(f"{where} is not in ALPHABET; apply reduce_characters first")
 
 
-def ids_to_characters(ids) -> str:
+def ids_to_characters(ids: Iterable[int]) -> str:
     """Inverse of characters_to_ids; `ids` is any sequence of integers below 96."""
     return "".join(ALPHABET[int(i)] for i in ids)
 

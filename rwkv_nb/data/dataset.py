@@ -108,7 +108,7 @@ class TokenDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, config: DataConfig | None = None, *, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 tokenizer: object = None, **flags):
+                 tokenizer: object = None, **flags: object):
         if config is not None and flags:
             raise ValueError(f"give a DataConfig or its fields, not both: {', '.join(flags)}")
         self.config = c = config if config is not None else DataConfig(**flags)

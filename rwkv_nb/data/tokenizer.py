@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from rwkv_nb.data.protocol import Tokenizer
 from rwkv_nb.data.vocabulary import NAME, SHA256, VOCAB_SIZE, default_vocab_path, read_verified, read_vocabulary
 
 _batch_pid: int | None = None  # the process in which Rust's threads were started; see encode_batch
@@ -248,7 +249,7 @@ class IncrementalDecoder:
     the text passes. The pieces of all pushes and of `finish` join to `tokenizer.decode(ids)`.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

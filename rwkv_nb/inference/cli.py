@@ -20,6 +20,16 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch takes seconds to import: not before it is needed
+    import torch
+
+    from rwkv_nb.data.protocol import Tokenizer
+    from rwkv_nb.model.config import ModelConfig
+
+    from .protocol import Engine
+    from .sampling import SamplingArgs
 
 PROGRAM = "python -m rwkv_nb generate"
 USER, ASSISTANT = "User:", "Assistant:"  # the form that World models were tuned with
@@ -93,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def choose(config, strategy: str, engine: str, show: bool) -> str:
+def choose(config: ModelConfig, strategy: str, engine: str, show: bool) -> str:
     """The strategy to load; "auto" becomes the best for the memory found. show: print its plan.
 
     Raises ValueError if the strategy cannot be, or with "auto" if none fits.
@@ -124,8 +134,9 @@ def choose(config, strategy: str, engine: str, show: bool) -> str:
 
 
 def chat(
-    engine, tokenizer, args, n_tokens: int, generator=None, stop: Sequence[str] = (), ask: Callable[[str], str] = input
-) -> int:
+    engine: Engine, tokenizer: Tokenizer, args: SamplingArgs, n_tokens: int, generator: torch.Generator | None = None,
+    stop: Sequence[str] = (), ask: Callable[[str], str] = input,
+) -> int:  # fmt: skip
     """Keep a conversation until an empty line. `ask` shows a prompt and returns a line, as `input` does."""
     from .generation import generate
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from rwkv_nb.data.characters import CharTokenizer
+from rwkv_nb.data.protocol import Tokenizer
 from rwkv_nb.data.tokenizer import WorldTokenizer
 from rwkv_nb.data.vocabulary import VOCAB_SIZE
 from rwkv_nb.model.config import ModelConfig
@@ -31,13 +32,14 @@ from rwkv_nb.model.weights import load_weights
 from . import decoder
 from .memory import OURS, UNPACKING
 from .package import PackageEngine
+from .protocol import Engine
 from .rescale import rescale
 from .strategy import Plan, parse_strategy
 
 ENGINES = ("auto", "ours", "package")
 
 
-def load_engine(path: str | os.PathLike, strategy: str = "cpu fp32", engine: str = "auto"):
+def load_engine(path: str | os.PathLike, strategy: str = "cpu fp32", engine: str = "auto") -> Engine:
     """Load a `.pth` file of RWKV-5.2 as the strategy says; sizes are read from the file.
 
     Args:
@@ -116,7 +118,9 @@ def _look(path: str | os.PathLike) -> tuple[ModelConfig, torch.dtype]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def tokenizer_for(config: ModelConfig, path: str | os.PathLike, given: str | os.PathLike | None = None):
+def tokenizer_for(
+    config: ModelConfig, path: str | os.PathLike, given: str | os.PathLike | None = None
+) -> Tokenizer:
     """The tokenizer of a checkpoint: World for 65536 tokens, else the vocab.json beside it, or the one that is given.
 
     given: "rwkv_vocab_v20230424" (the package's name for World), a rwkv_vocab_….txt, or a vocab.json of characters.

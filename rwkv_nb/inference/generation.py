@@ -17,17 +17,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from rwkv_nb.data.protocol import Tokenizer
 from rwkv_nb.data.tokenizer import WorldTokenizer
 from rwkv_nb.model.options import join_states
-from rwkv_nb.model.rwkv import RWKV
 
+from .protocol import Engine
 from .row import Row
 from .sampling import SamplingArgs
 
 
 def generate(
-    model: RWKV,
-    tokenizer,
+    model: Engine,
+    tokenizer: Tokenizer,
     prompt: str,
     n_tokens: int,
     args: SamplingArgs | None = None,
@@ -60,7 +61,7 @@ def generate(
     return Generation(model, tokenizer, prompt, n_tokens, args or SamplingArgs(), state, generator, stop, logits)
 
 
-def start_tokens(tokenizer) -> list[int]:
+def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """What stands for "a text begins here" when a prompt is empty."""
     if isinstance(tokenizer, WorldTokenizer):
         return [0]
@@ -73,7 +74,9 @@ def start_tokens(tokenizer) -> list[int]:
         ) from error
 
 
-def first_tokens(tokenizer, prompt: str, state: list[Tensor] | None, logits: Tensor | None) -> list[int]:
+def first_tokens(
+    tokenizer: Tokenizer, prompt: str, state: list[Tensor] | None, logits: Tensor | None
+) -> list[int]:
     """What is read before the first draw: the prompt; nothing if it is empty and state and logits go on from there.
 
     Raises ValueError for logits without the state that they belong to.
@@ -96,7 +99,11 @@ class Generation:
         cancelled: `cancel` was called.
     """
 
-    def __init__(self, model, tokenizer, prompt, n_tokens, args, state, generator, stop=(), logits=None):
+    def __init__(
+        self, model: Engine, tokenizer: Tokenizer, prompt: str, n_tokens: int, args: SamplingArgs,
+        state: list[Tensor] | None, generator: torch.Generator | None, stop: Sequence[str] = (),
+        logits: Tensor | None = None,
+    ):  # fmt: skip
         check_tokenizer(model, tokenizer)
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.prompt_tokens = first_tokens(tokenizer, prompt, state, logits)
@@ -143,8 +150,8 @@ class Generation:
 
 
 def generate_batch(
-    model,
-    tokenizer,
+    model: Engine,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     n_tokens: int,
     args: SamplingArgs | None = None,
@@ -191,7 +198,9 @@ def generate_batch(
     return rows
 
 
-def read(model, tokens: list[int], state: list[Tensor] | None, chunk_len: int) -> tuple[Tensor, list[Tensor]]:
+def read(
+    model: Engine, tokens: list[int], state: list[Tensor] | None, chunk_len: int
+) -> tuple[Tensor, list[Tensor]]:
     """Feed tokens to the model in chunks: the logits (V,) after the last, float32 on the CPU, and the state."""
     for start in range(0, len(tokens), chunk_len):
         logits, state = _step(model, torch.tensor([tokens[start : start + chunk_len]]), state)
@@ -210,7 +219,7 @@ def _step(model, idx: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[
             model.train()
 
 
-def check_tokenizer(model, tokenizer) -> None:
+def check_tokenizer(model: Engine, tokenizer: Tokenizer) -> None:
     """Raise ValueError if these two cannot belong together."""
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rwkv_nb.data.protocol import Tokenizer
 from rwkv_nb.data.tokenizer import IncrementalDecoder
 
 from .sampling import SamplingArgs, sample_logits
@@ -33,7 +34,7 @@ class Row:
     """
 
     def __init__(
-        self, tokenizer, vocab_size: int, n_tokens: int, args: SamplingArgs, stop: Sequence[str] = (),
+        self, tokenizer: Tokenizer, vocab_size: int, n_tokens: int, args: SamplingArgs, stop: Sequence[str] = (),
         generator: torch.Generator | None = None,
     ):  # fmt: skip
         if not isinstance(n_tokens, int) or n_tokens < 0:

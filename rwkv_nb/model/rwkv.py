@@ -166,7 +166,8 @@ class RWKV(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike, *, dtype: torch.dtype | None = torch.float32, mmap: bool = False, **known
+        cls, path: str | os.PathLike, *, dtype: torch.dtype | None = torch.float32, mmap: bool = False,
+        **known: object,
     ) -> RWKV:
         """Load a `.pth` file of the official trainer or of this package; sizes are read from its shapes.
 

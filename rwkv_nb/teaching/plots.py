@@ -48,7 +48,9 @@ def use_style() -> None:
     })
 
 
-def figure(width: float = 7.5, height: float = 3.2, rows: int = 1, cols: int = 1, **kwargs) -> tuple[Figure, Axes]:
+def figure(
+    width: float = 7.5, height: float = 3.2, rows: int = 1, cols: int = 1, **kwargs: object
+) -> tuple[Figure, Axes]:
     """A figure of `width` by `height` inches that is not shown by itself; `show` does that."""
     use_style()
     fig, axes = plt.subplots(rows, cols, figsize=(width, height), **kwargs)

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -92,7 +92,7 @@ def autocast(precision: str, device_type: str) -> contextlib.AbstractContextMana
 
 
 @contextlib.contextmanager
-def tf32_products(allowed: bool):
+def tf32_products(allowed: bool) -> Iterator[None]:
     """Within: whether a GPU may round the factors of float32 products to 10 bits. Else: nothing changes."""
     if not torch.cuda.is_available():
         yield

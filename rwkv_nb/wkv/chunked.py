@@ -129,7 +129,9 @@ def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
     return (len(parts(T)), B, H, N, N)
 
 
-def forward(r, k, v, w, u, state, saved=None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+def forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: object = None, chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the last state; state in the working dtype, None for zeros; fills `saved` if there is one."""
     y, state = torch.empty_like(r, memory_format=torch.contiguous_format), zeros_if_none(state, r)
     for i, (start, end, length) in enumerate(parts(r.shape[1], chunk)):
@@ -144,7 +146,10 @@ def forward(r, k, v, w, u, state, saved=None, chunk: int = CHUNK) -> tuple[Tenso
     return y, state
 
 
-def backward(r, k, v, w, u, state, saved, gy, glast, chunk: int = CHUNK) -> tuple[Tensor, ...]:
+def backward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: object,
+    gy: Tensor, glast: Tensor, chunk: int = CHUNK,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of all six inputs, in the order of the arguments."""
     gr, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, v))
     glast, dtype = zeros_if_none(glast, r), working_dtype(r)

@@ -49,12 +49,17 @@ def prepare() -> None:
         _library(64, dtype, torch.cuda.get_device_capability())
 
 
-def forward(r, k, v, w, u, state, saved, kernel: str = "auto") -> tuple[Tensor, Tensor]:
+def forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: object, kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `launching.forward`; kernel: "plain", "chunked" or "auto"."""
     return launching.forward(functools.partial(_call, kernel), r, k, v, w, u, state)
 
 
-def backward(r, k, v, w, u, state, saved, gy, glast, kernel: str = "auto") -> tuple[Tensor, ...]:
+def backward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: object,
+    gy: Tensor, glast: Tensor, kernel: str = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
     """See `launching.backward`; kernel: "plain", "chunked" or "auto"."""
     return launching.backward(functools.partial(_call, kernel), r, k, v, w, u, state, gy, glast)
 

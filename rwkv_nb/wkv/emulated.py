@@ -57,12 +57,17 @@ def _call(kernel: str, direction: str, r: Tensor, tensors: list[Tensor]) -> None
     launching.run(library, f"wkv5_{kernel}_{direction}", r, tensors, None)
 
 
-def forward(r, k, v, w, u, state, saved, kernel: str = "plain") -> tuple[Tensor, Tensor]:
+def forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: object, kernel: str = "plain",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `launching.forward`; kernel: "plain" or "chunked"."""
     return launching.forward(functools.partial(_call, kernel), r, k, v, w, u, state)
 
 
-def backward(r, k, v, w, u, state, saved, gy, glast, kernel: str = "plain") -> tuple[Tensor, ...]:
+def backward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: object,
+    gy: Tensor, glast: Tensor, kernel: str = "plain",
+) -> tuple[Tensor, ...]:  # fmt: skip
     """See `launching.backward`; kernel: "plain" or "chunked"."""
     return launching.backward(functools.partial(_call, kernel), r, k, v, w, u, state, gy, glast)
 
@@ -88,7 +93,7 @@ def run(
     state: Tensor | None = None,
     gy: Tensor | None = None,
     glast: Tensor | None = None,
-    **options,
+    **options: object,
 ) -> Report:
     """Run a kernel text on given tensors; backward too if gy is given.
 

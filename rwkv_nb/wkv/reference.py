@@ -61,13 +61,18 @@ def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
     return (0,)
 
 
-def forward(r, k, v, w, u, state, saved=None) -> tuple[Tensor, Tensor]:
+def forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: object = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the last state."""
     with torch.no_grad():
         return wkv5_reference(r, k, v, w, u, state)
 
 
-def backward(r, k, v, w, u, state, saved, gy, glast) -> tuple[Tensor, ...]:
+def backward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, saved: object,
+    gy: Tensor, glast: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of all six inputs, by the chain rule from the last step to the first.
 
     With Q_t the gradient of the state after step t: Q_t-1[j, i] = d[j] Q_t[j, i] + r_t[j] gy_t[i].
