@@ -126,8 +126,8 @@ def test_vocab_json_on_a_full_disk(disk):
 def test_training_on_a_full_disk(disk, tmp_path, capsys):
     """The first file fits, the state of the trainer does not; what was written stays, and the run says why it ended."""
     (tmp_path / "text.txt").write_text("the eagle writes cell by cell. " * 40)
-    flags = {"proj_dir": disk.path / "run", "data_file": tmp_path / "text.txt", "accelerator": "cpu",
-             "precision": "fp32", "n_layer": 2, "n_embd": 64, "head_size_a": 32, "ctx_len": 8, "micro_bsz": 2, "epoch_steps": 4,
+    flags = {"proj_dir": disk.path / "run", "data_file": tmp_path / "text.txt", "accelerator": "cpu", "n_layer": 2,
+             "precision": "fp32", "n_embd": 64, "head_size_a": 32, "ctx_len": 8, "micro_bsz": 2, "epoch_steps": 4,
              "epoch_count": 3, "my_exit_tokens": 192, "epoch_save": 1, "enable_progress_bar": False}  # fmt: skip
     code, err = said(capsys, "train", *(f"--{name}={value}" for name, value in flags.items()))
     assert code == 1 and "not written, there is no room (No space left on device)" in err and "make room" in err
