@@ -17,9 +17,11 @@ from collections.abc import Sequence
 import torch
 
 from rwkv_nb.data.offers import OFFERS, find
+from rwkv_nb.data.protocol import Tokenizer
 
 from .engine import load_engine, read_config, tokenizer_for
 from .generation import generate
+from .protocol import Engine
 from .sampling import SamplingArgs
 from .strategy import parse_strategy
 
@@ -54,7 +56,7 @@ def main(strategy: str, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(engine, tokenizer, n_tokens: int, seed: int | None = None) -> str:
+def write(engine: Engine, tokenizer: Tokenizer, n_tokens: int, seed: int | None = None) -> str:
     """Print the prompt and what follows, as it comes; returns the text."""
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     print(PROMPT, end="", flush=True)
@@ -67,7 +69,7 @@ def write(engine, tokenizer, n_tokens: int, seed: int | None = None) -> str:
 
 
 @torch.no_grad()
-def in_pieces(engine, ids: list[int], strategy: str) -> str:
+def in_pieces(engine: Engine, ids: list[int], strategy: str) -> str:
     """"yes" if one call, and three with a state, end with the same logits; else "NO" and by how much."""
     device = engine.emb.weight.device
     whole, _ = engine(torch.tensor([ids], device=device), None, full_output=False)
