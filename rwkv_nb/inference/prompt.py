@@ -31,9 +31,11 @@ class PackedLinear(nn.Module):
         self.packed, self.dtype, self.product = packed, dtype, product
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = F.pad(x.reshape(-1, x.shape[-1]).to(self.dtype), (0, self.packed.width - self.packed.columns))
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype).contiguous()
+        if filling := self.packed.width - self.packed.columns:
+            rows = F.pad(rows, (0, filling))
         y = torch.empty(len(rows), self.packed.rows)
-        self.product(self.packed, rows.contiguous(), y)
+        self.product(self.packed, rows, y)
         return y.view(*x.shape[:-1], -1)
 
 
