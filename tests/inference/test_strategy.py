@@ -116,6 +116,7 @@ def test_the_regex_is_the_packages():
 @given(st.lists(WORDS, min_size=1, max_size=8).map(" ".join))
 @example("cuda fp16i8 *10 -> cuda:1 fp16 *8 -> cpu fp32")
 @example("cpu fp32->cpu bf16 *1+")
+@example("cuda bf16i3 -> cpu fp16i4 *2+")
 @example("cpu fp32 -> -> cpu fp32")
 def test_what_the_package_reads_we_read_and_nothing_else(text):
     try:
