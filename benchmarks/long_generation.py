@@ -4,8 +4,8 @@
     python benchmarks/long_generation.py --tokens 100000 --engine model
 
 One `Generation` writes all of it from one prompt, with penalties, and its text is read as it comes. It keeps the ids
-and the text that it has written, at most 40 bytes a token; the state has a fixed size. So memory may grow by that and no
-more.
+and the text that it has written, at most 40 bytes a token; the state has a fixed size. So memory may grow by that and
+no more.
 
 What it is not: a test of speed.
 """
