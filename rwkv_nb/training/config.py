@@ -201,6 +201,9 @@ class TrainConfig:
             notes.append("neither my_exit_tokens nor my_exit is given: training goes on until it is interrupted")
         if self.n_layer == 1:
             notes.append("n_layer=1 trains, but the `rwkv` package cannot load such a checkpoint: use 2 or more")
+        if self.save_state and self.strategy.startswith(("deepspeed", "fsdp")):
+            notes.append(f"save_state: strategy={self.strategy!r} writes no .state, so a run that is started again "
+                         "goes on from the newest rwkv-N.pth, weights alone; auto and ddp write states")
         if self.dim_att != self.n_embd:
             notes.append(f"dim_att={self.dim_att} trains, but the official trainer and the `rwkv` package stop at a "
                          f"model where it is not n_embd={self.n_embd}")

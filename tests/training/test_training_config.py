@@ -73,6 +73,13 @@ def test_small_data_trains_one_epoch_and_says_so():
     assert any("389" in note and "103.7 times" in note for note in cfg.notes())
 
 
+def test_runs_that_write_no_state_are_said():
+    assert not any("save_state" in note for name in ("auto", "ddp") for note in TrainConfig(strategy=name).notes())
+    for strategy in ("fsdp", "deepspeed_stage_2"):
+        assert any(f"strategy='{strategy}' writes no .state" in n for n in TrainConfig(strategy=strategy).notes())
+        assert not any("save_state" in n for n in TrainConfig(strategy=strategy, save_state=False).notes())
+
+
 def test_models_that_other_programs_cannot_run_are_said():
     assert not any("`rwkv` package" in note for note in TrainConfig().notes())
     options = TrainConfig(head_qk=64, my_pos_emb=32, ctx_len=1023, my_testing="g").notes()
