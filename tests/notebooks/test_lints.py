@@ -110,7 +110,7 @@ def lint_prose_numbers(notebook) -> list[str]:
             continue
         prose = re.sub(r"```.*?```|`[^`]*`|\$[^$]*\$|\([^)]*\.ipynb[^)]*\)|https?://\S+", " ", cell.source, flags=re.S)
         prose = re.sub(r"<details>.*?</details>", " ", prose, flags=re.S)
-        prose = re.sub(r"(?:Exercise|Solution) \d+\.\d+", " ", prose)
+        prose = re.sub(r"(?:Exercise|Solution) \d+\.\d+|\[\d+\.\d+ [^\]]*\]\(#Exercise", " ", prose)
         near = [c for c in notebook.cells[max(0, i - 3) : i + 4] if c.cell_type == "code"]
         printed = {n.replace(",", "") for c in near for n in NUMBER.findall(texts(c))}
         given = {n.replace(",", "") for c in near for n in NUMBER.findall(c.source)}  # an input is no result
