@@ -53,14 +53,22 @@ inline words get_words(const char* p) {
 inline vec lower_half(words x) { return reinterpret_cast<vec>(x << 16); }  // a bfloat16 is the upper half of a float
 inline vec upper_half(words x) { return reinterpret_cast<vec>(x & 0xffff0000u); }
 
-// walk: use(registers of each of R panels that lie `panel` bytes apart, column) for the columns [from, to).
+// The cache line that lies as far behind the one at p as the next tile does: its first lines would be waited for else.
+template <int AHEAD>
+inline void prefetch(const char* p, long panel) {
+    if (AHEAD) __builtin_prefetch(p + AHEAD * panel, 0, 2);
+}
+
+// walk: use(registers of each of R panels that lie `panel` bytes apart, column) for the columns [from, to). A step of
+// the walk takes 64 bytes of each panel, and asks for those of the panel that lies AHEAD panels further (0: none).
 template <int S> struct Stored;
 template <> struct Stored<F32> {
     static constexpr long SIZE = 4;  // bytes of a number
-    template <int R, class Use>
+    template <int R, int AHEAD, class Use>
     static void walk(const char* w, long panel, long from, long to, Use use) {
         for (long j = from; j < to; ++j) {
             vec x[R][PARTS];
+            UNROLL for (int y = 0; y < R; ++y) prefetch<AHEAD>(w + y * panel + j * PANEL * SIZE, panel);
             UNROLL for (int y = 0; y < R; ++y)
                 UNROLL for (int p = 0; p < PARTS; ++p)
                     x[y][p] = get(reinterpret_cast<const float*>(w + y * panel) + j * PANEL + p * W);
@@ -71,10 +79,11 @@ template <> struct Stored<F32> {
 // Word i of a pair of columns holds those of row i, the first in the lower half.
 template <> struct Stored<BF16> {
     static constexpr long SIZE = 2;
-    template <int R, class Use>
+    template <int R, int AHEAD, class Use>
     static void walk(const char* w, long panel, long from, long to, Use use) {
         for (long j = from; j < to; j += 2) {
             vec first[R][PARTS], second[R][PARTS];
+            UNROLL for (int y = 0; y < R; ++y) prefetch<AHEAD>(w + y * panel + j * PANEL * SIZE, panel);
             UNROLL for (int y = 0; y < R; ++y)
                 UNROLL for (int p = 0; p < PARTS; ++p) {
                     const words x = get_words(w + y * panel + j * PANEL * SIZE + p * 4 * W);
@@ -89,10 +98,11 @@ template <> struct Stored<BF16> {
 // Word i of four columns holds those of row i, the first in the lowest byte.
 template <> struct Stored<INT8> {
     static constexpr long SIZE = 1;
-    template <int R, class Use>
+    template <int R, int AHEAD, class Use>
     static void walk(const char* w, long panel, long from, long to, Use use) {
         for (long j = from; j < to; j += 4) {
             words four[R][PARTS];
+            UNROLL for (int y = 0; y < R; ++y) prefetch<AHEAD>(w + y * panel + j * PANEL * SIZE, panel);
             UNROLL for (int y = 0; y < R; ++y)
                 UNROLL for (int p = 0; p < PARTS; ++p)
                     four[y][p] = get_words(w + y * panel + j * PANEL * SIZE + p * 4 * W);
@@ -127,7 +137,7 @@ inline void put(const vec (&sum)[R][C][PARTS], const Matrix& m, long first, cons
 }
 
 // R panels from `first` on with C vectors.
-template <int S, int R, int C>
+template <int S, int R, int C, int AHEAD>
 SEPARATE void tile(const Matrix& m, long first, const Vectors& v, long b) {
     const float* x = static_cast<const float*>(v.x) + b * v.x_row;
     const long panel = m.columns * PANEL * Stored<S>::SIZE, groups = (m.columns + GROUP - 1) / GROUP;
@@ -136,7 +146,7 @@ SEPARATE void tile(const Matrix& m, long first, const Vectors& v, long b) {
     for (long g = 0; g < groups; ++g) {
         vec part[R][C][PARTS] = {};
         const long to = g + 1 < groups ? (g + 1) * GROUP : m.columns;
-        Stored<S>::template walk<R>(w, panel, g * GROUP, to, [&](const vec (&row)[R][PARTS], long j) {
+        Stored<S>::template walk<R, AHEAD>(w, panel, g * GROUP, to, [&](const vec (&row)[R][PARTS], long j) {
             UNROLL for (int c = 0; c < C; ++c) {
                 const float in = x[c * v.x_row + j];
                 UNROLL for (int y = 0; y < R; ++y)
@@ -175,7 +185,7 @@ template <int S, int R>
 SEPARATE void unpack(const Matrix& m, long first, float* to) {
     const long panel = m.columns * PANEL * Stored<S>::SIZE, groups = (m.columns + GROUP - 1) / GROUP;
     const char* w = static_cast<const char*>(m.numbers) + first * panel;
-    Stored<S>::template walk<R>(w, panel, 0, m.columns, [&](const vec (&row)[R][PARTS], long j) {
+    Stored<S>::template walk<R, 0>(w, panel, 0, m.columns, [&](const vec (&row)[R][PARTS], long j) {
         for (int y = 0; y < R; ++y)
             for (int p = 0; p < PARTS; ++p) {
                 const float* scales = m.scales + ((first + y) * groups + j / GROUP) * PANEL + p * W;
@@ -190,13 +200,14 @@ inline long scratch_floats(long columns, long n) { return n < MANY ? 0 : TILE * 
 // Panels [from, to).
 template <int S>
 void panels(const Matrix& m, long from, long to, const Vectors& v, float* scratch) {
-    if (v.n == 1) return groups<ALONE>(from, to, [&](auto R, long at) { tile<S, R, 1>(m, at, v, 0); });
+    constexpr bool SHORT = S != F32;  // panels so short that they end before the processor has seen where they lead
+    if (v.n == 1) return groups<ALONE>(from, to, [&](auto R, long at) { tile<S, R, 1, SHORT * R>(m, at, v, 0); });
     groups<TILE>(from, to, [&](auto R, long at) {
-        if (S == F32 || v.n < MANY) return cover(v.n, [&](auto C, long b) { tile<S, R, C>(m, at, v, b); });
+        if (S == F32 || v.n < MANY) return cover(v.n, [&](auto C, long b) { tile<S, R, C, 0>(m, at, v, b); });
         unpack<S, R>(m, at, scratch);
         const Matrix there{scratch, nullptr, m.rows - at * PANEL, m.columns};
         const Vectors moved{v.x, v.x_row, v.y + at * PANEL, v.y_row, v.n};
-        cover(v.n, [&](auto C, long b) { tile<F32, R, C>(there, 0, moved, b); });
+        cover(v.n, [&](auto C, long b) { tile<F32, R, C, 0>(there, 0, moved, b); });
     });
 }
 
