@@ -24,6 +24,14 @@ def test_repeats_tells_permutations_from_others():
     assert "not counted" in draw.repeats(2926181)
 
 
+def test_rows_figure_draws_one_line_for_each_chunk_that_is_read():
+    fig = draw.rows_figure((47, 43))
+    lines = [len(ax.collections[0].get_segments()) for ax in fig.axes]
+    dots = [len(ax.lines[0].get_xdata()) for ax in fig.axes]
+    assert (lines, dots) == ([47, 15], [47, 43])
+    assert [ax.get_title().split(": ")[1] for ax in fig.axes] == ["47 of 47 chunks", "15 of 43 chunks"]
+
+
 def test_panel_follows_its_controls():
     panel = draw.panel(200499, 512, 2)
     assert "magic_prime = 389" in panel.report.value and bytes(panel.picture.value).startswith(PNG)

@@ -37,7 +37,7 @@ def magic_prime(answer):
     require(at_10(239) != 23, "magic_prime(239, 10): the last 9 tokens fill no slot. Did you round up?")
     for n_tokens, ctx_len in ((29, 10), (100, 64), (2, 1)):
         found = answer(n_tokens, ctx_len)
-        require(found is None, f"magic_prime({n_tokens}, {ctx_len}) gave {found!r}: fewer tokens than three windows "
+        require(found is None, f"magic_prime({n_tokens}, {ctx_len}) gave {found!r}: fewer than 3 * ctx_len tokens "
                                "have no magic prime. Return None there.")
     found = answer(30, 10)
     require(found == 2, f"magic_prime(30, 10) gave {found!r}: it is 2, the only even prime. Does your search stop "

@@ -41,6 +41,19 @@ def walk_figure(p: int, world_size: int = 1, samples: int = 120, title: str = ""
     return fig
 
 
+def rows_figure(moduli: tuple[int, ...]) -> Figure:
+    """One whole walk for each modulus, side by side, with a grey line at every chunk that it reads."""
+    fig, axes = plots.figure(width=8.4, height=4.2, cols=len(moduli), squeeze=False)
+    for ax, p in zip(axes[0], moduli, strict=True):
+        chunks = [chunk_of(p, ii) for ii in range(1, p + 1)]
+        ax.grid(False)
+        ax.hlines(sorted(set(chunks)), 0, p + 1, color="#bbbbbb", linewidth=0.7)
+        ax.plot(range(1, p + 1), chunks, "o", markersize=3.5, color=plots.COLOURS[0])
+        ax.set(xlabel="sample number ii", ylabel="chunk",
+               title=f"p = {p}, p % 3 = {p % 3}: {len(set(chunks))} of {p} chunks")
+    return fig
+
+
 def visits_figure(counts: dict[str, np.ndarray]) -> Figure:
     """One row of bars for each of `counts`: label -> visits of every chunk in one pass."""
     fig, axes = plots.figure(height=1.5 * len(counts) + 0.4, rows=len(counts), sharey=True, squeeze=False)
