@@ -2,7 +2,7 @@
 # make test     every test and every notebook cell
 # make refresh  re-execute the notebooks in place (NB=notebooks/01_tokenizer.ipynb for one)
 # make book     the course as a static site, from the stored outputs: build/book/html/index.html
-# make bench    the benchmarks; make setup: only the environment; make clean: throw it away
+# make bench    one table against the peers; make setup: only the environment; make clean: throw it away
 
 PYTHON ?= python3
 VENV := .venv/bin
@@ -32,7 +32,7 @@ book: setup
 	$(VENV)/python scripts/build_book.py
 
 bench: setup
-	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/python $$script || exit 1; done
+	$(VENV)/python benchmarks/all.py $(ARGS)
 
 lint: setup
 	$(VENV)/ruff check .
