@@ -6,7 +6,8 @@
 
 A step is what the trainer does: forward, loss, backward, clipping, fused Adam; the batch is random. Ways take turns of
 three steps, so that ratios hold, and the best step counts: it is the one that other programs disturbed least. The
-allocator keeps what is freed, as in the trainer. Peaks are those of a process of its own, everything in it included.
+allocator keeps what is freed, as in the trainer. On a busy machine --processor-time counts, on one thread, only what the
+processor gave to this program. Peaks are those of a process of its own, everything in it included.
 
 The transformer has the form and sizes of nanoGPT: learned positions, one product for q, k and v, GELU, four times as
 wide inside, no biases, head and embedding tied. "Straightforward RWKV-5" is our model with every part by its definition
@@ -38,7 +39,7 @@ from wkv import print_table
 
 from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
-from rwkv_nb.model import fused
+from rwkv_nb.model import fused, products
 from rwkv_nb.model.loss import next_token_loss
 from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.training.compiling import compiled as compiled_blocks
@@ -114,8 +115,17 @@ def config_of(size: Size, precision: str = "fp32", **flags) -> TrainConfig:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def by_definition():
+    """Within: no part of a layer is fused, and every product is PyTorch's."""
+    with mock.patch.object(fused, "_library", lambda: None), mock.patch.object(products, "onednn", lambda: False):
+        yield
+
+
 class Step:
-    """One way to train: `run()` does a step."""
+    """One way to train: `run()` does a step, `clock()` tells the time."""
+
+    clock = staticmethod(time.perf_counter)
 
     def __init__(self, way: str, size: Size) -> None:
         torch.manual_seed(0)
@@ -127,7 +137,7 @@ class Step:
         self.sliced = "plain head" not in way
         self.around = contextlib.nullcontext
         if "straightforward" in way:
-            self.around = lambda: mock.patch.object(fused, "_library", lambda: None)
+            self.around = by_definition
 
     def loss(self) -> Tensor:
         if isinstance(self.model, Transformer):
@@ -147,9 +157,9 @@ class Step:
         """The quickest of some steps in a row: the first finds the caches full of another way's numbers."""
         best = float("inf")
         for _ in range(steps):
-            start = time.perf_counter()
+            start = self.clock()
             self.run()
-            best = min(best, time.perf_counter() - start)
+            best = min(best, self.clock() - start)
         return best
 
 
@@ -160,14 +170,14 @@ class Clock(pl.Callback):
         self.last, self.ended, self.best, self.between = None, None, float("inf"), []
 
     def on_train_batch_start(self, *_) -> None:
-        now = time.perf_counter()
+        now = Step.clock()
         if self.last:
             self.best = min(self.best, now - self.last)
             self.between.append(now - self.ended)
         self.last = now
 
     def on_train_batch_end(self, *_) -> None:
-        self.ended = time.perf_counter()
+        self.ended = Step.clock()
 
 
 class LightningSteps:
@@ -211,7 +221,7 @@ def take_turns(ways: dict[str, Callable[[], float]], turns: int) -> dict[str, fl
     return best
 
 
-def products(turns: int) -> None:
+def rates(turns: int) -> None:
     """Rates of the matrix products of a layer, which bound everything else."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -221,8 +231,8 @@ def products(turns: int) -> None:
             x @ w.T
             best[dtype] = min(best.get(dtype, float("inf")), time.perf_counter() - start)
     single, half = (2 * 2048 * 256 * 896 / best[dtype] / 1e9 for dtype in best)
-    rates = f"float32 {single:.0f} GFLOP/s, bfloat16 {half:.0f}, {half / single:.2f} times"
-    print(f"matrix products, 2048 x 256 x 896: {rates}")
+    found = f"float32 {single:.0f} GFLOP/s, bfloat16 {half:.0f}, {half / single:.2f} times"
+    print(f"matrix products, 2048 x 256 x 896: {found}")
 
 
 def own_process(*arguments: str) -> list[float]:
@@ -379,10 +389,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small models, few steps")
     parser.add_argument("--turns", type=int, default=10, help="how often each way has its turn")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch and of the kernels")
+    parser.add_argument("--processor-time", action="store_true", help="what the processor did, not the clock; 1 thread")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1 if options.processor_time else options.threads)
+    if options.processor_time:
+        Step.clock = staticmethod(time.process_time)
     if options.peak:
         print(*peak_of(options.peak, Size(*map(int, options.size.split(",")))))
         return
@@ -394,7 +407,7 @@ def main() -> None:
     small, large, scripts = (QUICK, QUICK_WORLD, QUICK_SCRIPTS) if options.quick else (SMALL, WORLD, SCRIPTS)
     machine = f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     print(f"{torch.get_num_threads()} threads, {machine}")
-    products(turns)
+    rates(turns)
     if "speed" in wanted:
         speed(small, turns)
     if "compile" in wanted:
