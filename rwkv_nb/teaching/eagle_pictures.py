@@ -5,7 +5,6 @@ What it is not: the planner's panel (rwkv_nb.teaching.widgets.strategy) or the s
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,25 +76,37 @@ def levels_figure(row: Sequence[float], rounded: Sequence[float], levels: Sequen
 
 
 def errors_figure(errors: Mapping[str, float], bits: Mapping[str, float]) -> Figure:
-    """Relative error of each way of rounding, as bars on a logarithmic axis, with its bits a weight."""
+    """Relative error of each way of rounding as bars, with the bits that it needs for a weight."""
     fig, ax = plots.figure(height=0.42 * len(errors) + 0.8)
     values = [100 * error for error in errors.values()]
     ax.barh(list(errors), values, height=0.6, **plots.bar(1))
     for y, name in enumerate(errors):
         ax.text(values[y], y, f"  {bits[name]:.3g} bits a weight", va="center", fontsize=9)
-    low = 10 ** math.floor(math.log10(min(values)))
-    ax.set(xscale="log", xlabel="error (% of the weights' size)", xlim=(low, max(values) * 6),
-           ylim=(len(errors) - 0.5, -0.5))  # fmt: skip
+    ax.set(xlabel="error (% of the weights' size)", xlim=(0, max(values) * 1.3), ylim=(len(errors) - 0.5, -0.5))
     ax.grid(axis="y")
     return fig
 
 
-def scores_figure(scores: Mapping[str, float], mean: float) -> Figure:
-    """Published scores as bars, and a line at their mean."""
+def losses_figure(losses: Mapping[int, float]) -> Figure:
+    """Loss against bits a weight, few on the right."""
+    fig, ax = plots.figure(height=2.6)
+    ax.plot([str(bits) for bits in losses], list(losses.values()), marker="o", **plots.line(0))
+    ax.set(xlabel="bits a weight", ylabel="loss (bits a character)")
+    return fig
+
+
+def scores_figure(groups: Mapping[str, Mapping[str, float]], means: Mapping[str, float]) -> Figure:
+    """Published scores as bars, a group in each colour, and a line at the mean of each."""
     fig, ax = plots.figure(height=3)
-    ax.bar(list(scores), list(scores.values()), **plots.bar(2))
-    ax.axhline(mean, color="black", linewidth=1, linestyle="--", label=f"their mean, {mean:g}")
-    ax.tick_params(axis="x", rotation=45)
-    ax.set(ylabel="%", ylim=(0, 100))
-    ax.legend(loc="upper right")
+    start = 0
+    for i, (name, scores) in enumerate(groups.items()):
+        places = list(range(start, start + len(scores)))
+        ax.bar(places, list(scores.values()), label=f"{name}, mean {means[name]:g}", **plots.bar(2 * i))
+        ax.plot([places[0] - 0.45, places[-1] + 0.45], [means[name]] * 2, color="black", linestyle="--")
+        start += len(scores)
+    ax.set(ylabel="%", ylim=(0, 100), xlim=(-0.7, start - 0.3))
+    names = [name for scores in groups.values() for name in scores]
+    ax.set_xticks(range(start), names, rotation=40, ha="right", rotation_mode="anchor")
+    ax.grid(axis="x")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups))
     return fig

@@ -37,9 +37,18 @@ def test_what_grows_and_what_does_not():
     assert set(state) == {100.0} and abs(cache[0] - 10) < 1e-9 and abs(cache[-1] - 1e4) < 1e-6
 
 
+def test_scores_stand_in_their_groups_with_their_means():
+    groups = {"one": {"a": 50.0, "b": 70.0}, "two": {"c": 10.0}}
+    ax = draw.scores_figure(groups, {"one": 60, "two": 10}).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [50, 70, 10]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "c"]
+    one, two = (line.get_ydata()[0] for line in ax.get_lines())
+    assert (one, two) == (60, 10) and ax.get_legend().get_texts()[1].get_text() == "two, mean 10"
+
+
 def test_figures_draw():
     errors = {"a": 0.01, "b": 0.002}
-    figures = [draw.levels_figure([0.1, -0.2], [0.1, -0.25], [-0.25, 0.0, 0.1]), draw.scores_figure({"a": 50.0}, 60)]
+    figures = [draw.levels_figure([0.1, -0.2], [0.1, -0.25], [-0.25, 0.0, 0.1]), draw.losses_figure({8: 1.0, 4: 1.1})]
     figures.append(draw.errors_figure(errors, {"a": 8, "b": 8.5}))
     for fig in figures:
         assert plots.png(fig).startswith(PNG)

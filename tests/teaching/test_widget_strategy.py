@@ -66,42 +66,42 @@ def test_a_mistake_is_marked():
 
 def test_panel_follows_its_controls():
     panel = draw.panel()
-    assert "fits, with 10% to spare; at most 70 tokens a second" in panel.report.value
+    assert "fits, with 10% to spare; at most 70 tokens a second" in panel.verdict.value
     assert panel.memory["cuda"].value == 24 and panel.bandwidth["cuda"].value == 1008 and panel.bus.value == 25
     picture = bytes(panel.picture.value)
     assert picture.startswith(PNG)
     panel.memory["cuda"].value = 8
-    assert "does NOT fit" in panel.report.value and bytes(panel.picture.value) != picture
+    assert "does NOT fit" in panel.verdict.value and bytes(panel.picture.value) != picture
     assert panel.preset.value == draw.OWN
     before = bytes(panel.picture.value)
     panel.strategy.value = "cuda fp17"
-    assert "character 6" in panel.report.value and "<u>fp17</u>" in panel.report.value
-    assert bytes(panel.picture.value) == before and panel.error.value == ""
+    assert "character 6" in panel.verdict.value and "<u>fp17</u>" in panel.verdict.value
+    assert bytes(panel.picture.value) == before and panel.error.value == "" and panel.report.value == ""
     panel.strategy.value = "cuda fp16i8 *20 -> cpu fp32"
     here = {"cpu": Device(64e9, 60e9, 25e9), "cuda": Device(8e9, 1008e9, 25e9)}
     needed = draw.plan_of(panel.strategy.value, "7B", here)
-    assert report.verdict(needed, here) in plain(panel.report.value)
+    assert report.verdict(needed, here) in plain(panel.verdict.value)
     for row in report.place_rows(needed) + report.device_rows(needed, here):
         assert "||".join(row) in plain(panel.report.value)
     panel.size.value = "0.1B"
-    assert "gets 13 places" in panel.report.value, "the note of a count that is too large"
+    assert "gets 13 places" in panel.verdict.value, "the note of a count that is too large"
 
 
 def test_presets_fill_the_boxes_and_the_button_finds_the_best(monkeypatch):
     panel = draw.panel()
     panel.preset.value = "two RTX 3060"
     assert panel.preset.value == "two RTX 3060" and panel.memory["cuda:1"].value == 12
-    assert "does NOT fit" in panel.report.value
+    assert "does NOT fit" in panel.verdict.value
     panel.best.click()
     assert panel.strategy.value.startswith("cuda bf16 *") and "cuda:1 bf16" in panel.strategy.value
-    assert "fits, with 10% to spare" in panel.report.value and panel.preset.value == "two RTX 3060"
+    assert "fits, with 10% to spare" in panel.verdict.value and panel.preset.value == "two RTX 3060"
     panel.preset.value = "laptop"
-    assert panel.memory["cuda"].value == 0 and "no cuda, cuda:1" in panel.report.value
+    assert panel.memory["cuda"].value == 0 and "no cuda, cuda:1" in panel.verdict.value
     panel.best.click()
     assert panel.strategy.value == "cpu fp32i8"
-    speed = panel.report.value
+    speed = panel.verdict.value
     panel.ours.value = False
-    assert panel.report.value != speed and panel.preset.value == "laptop"
+    assert panel.verdict.value != speed and panel.preset.value == "laptop"
     panel.memory["cpu"].value = 2
     panel.best.click()
     assert "nothing fits: the 7B model" in panel.error.value, "an exception of a callback is shown"

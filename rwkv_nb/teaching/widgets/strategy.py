@@ -121,11 +121,15 @@ def marked(error: StrategyError) -> str:
             f"<pre>{before}<mark style='background:#ffd24d'><u>{wrong}</u></mark>{after}</pre>")  # fmt: skip
 
 
-def tables_html(needed: MemoryPlan, machine: dict[str, Device]) -> str:
-    """What `report.text` says, as two tables and a verdict."""
+def verdict_html(needed: MemoryPlan, machine: dict[str, Device]) -> str:
+    """Whether it fits and how fast it can be, with the notes of the plan."""
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in needed.plan.notes)
-    return (f"<p><b>{html.escape(report.verdict(needed, machine))}</b></p>{notes}"
-            + _table(report.DEVICES, report.device_rows(needed, machine)) + "<br>"
+    return f"<p><b>{html.escape(report.verdict(needed, machine))}</b></p>{notes}"
+
+
+def tables_html(needed: MemoryPlan, machine: dict[str, Device]) -> str:
+    """The two tables of `report.text`."""
+    return (_table(report.DEVICES, report.device_rows(needed, machine)) + "<br>"
             + _table(report.PLACES, report.place_rows(needed)))  # fmt: skip
 
 
@@ -140,7 +144,7 @@ def panel(text: str = "cuda fp16", size: str = "7B", machine: str = "RTX 4090") 
     """Edit a strategy and a machine; see bytes, whether they fit, and the speed.
 
     Attributes: the controls strategy, size, preset, memory and bandwidth (by device), bus, ours, best (a button), and
-    the results report (HTML) and picture (Image). A device with 0 GB is not there.
+    the results verdict (HTML), picture (Image) and report (HTML). A device with 0 GB is not there.
     """
     label = {"style": {"description_width": "initial"}}
     wide = ipywidgets.Layout(width="95%")
@@ -149,7 +153,7 @@ def panel(text: str = "cuda fp16", size: str = "7B", machine: str = "RTX 4090") 
     preset = ipywidgets.Dropdown(options=[*MACHINES, HERE, OWN], value=machine, description="machine", **label)
     best = ipywidgets.Button(description="best strategy for this memory", layout=ipywidgets.Layout(width="auto"))
     ours = ipywidgets.Checkbox(value=True, description="8 bits on cpu by our decoder", indent=False)
-    narrow = ipywidgets.Layout(width="14em")
+    narrow = ipywidgets.Layout(width="13em")
 
     def number(description: str) -> ipywidgets.BoundedFloatText:
         return ipywidgets.BoundedFloatText(value=0, min=0, max=1e5, description=description, layout=narrow, **label)
@@ -157,13 +161,13 @@ def panel(text: str = "cuda fp16", size: str = "7B", machine: str = "RTX 4090") 
     memory = {name: number(f"{name} GB") for name in DEVICES}
     bandwidth = {name: number(f"{name} GB/s") for name in DEVICES}
     bus = number("bus GB/s")
-    report_, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
-    rows = [ipywidgets.HBox([memory[name], bandwidth[name], *([bus] if name == "cuda" else [])]) for name in DEVICES]
-    result = Panel("Planner of a strategy", [ipywidgets.HBox([sizes, preset]), *rows, strategy,
-                                             ipywidgets.HBox([best, ours]), picture, report_])  # fmt: skip
+    verdict, tables, picture = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.Image(format="png")
+    rows = [[sizes, preset], [*memory.values(), bus], [*bandwidth.values()], [strategy], [best, ours]]
+    rows = [ipywidgets.HBox(row) for row in rows]
+    result = Panel("Planner of a strategy", [*rows, verdict, picture, tables])
     result.strategy, result.size, result.preset, result.best = strategy, sizes, preset, best
     result.memory, result.bandwidth, result.bus, result.ours = memory, bandwidth, bus, ours
-    result.report, result.picture = report_, picture
+    result.verdict, result.picture, result.report = verdict, picture, tables
     filling = []  # not empty while a preset fills the boxes
 
     def typed() -> dict[str, Device]:
@@ -180,9 +184,9 @@ def panel(text: str = "cuda fp16", size: str = "7B", machine: str = "RTX 4090") 
         try:
             needed = plan_of(strategy.value, sizes.value, here, ours.value)
         except StrategyError as error:
-            report_.value = marked(error)
+            verdict.value, tables.value = marked(error), ""
         else:
-            report_.value = tables_html(needed, here)
+            verdict.value, tables.value = verdict_html(needed, here), tables_html(needed, here)
             picture.value = plots.png(figure(needed, here))
 
     def fill(_change: object = None) -> None:
