@@ -6,7 +6,7 @@
 
 A step is what the trainer does: forward, loss, backward, clipping, fused Adam; the batch is random. Ways take turns of
 three steps, so that ratios hold, and the best step counts: it is the one that other programs disturbed least. The
-allocator keeps what is freed, as in the trainer. On a busy machine --processor-time counts, on one thread, only what the
+allocator keeps what is freed, as in the trainer. On a busy machine --processor-time counts, on one thread, what the
 processor gave to this program. Peaks are those of a process of its own, everything in it included.
 
 The transformer has the form and sizes of nanoGPT: learned positions, one product for q, k and v, GELU, four times as
