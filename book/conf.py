@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for anchors.py
 
 project = "Eagle, Cell by Cell"
 author = "the course's contributors"
-copyright = "Apache-2.0"
+copyright = "the course's contributors, Apache-2.0"
 language = "en"
 smartquotes = False
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
