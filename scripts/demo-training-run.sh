@@ -28,7 +28,8 @@ GRAD_CP=${GRAD_CP:-0}
 DEVICES=${DEVICES:-1}
 N_NODE=${N_NODE:-1}
 WANDB=${WANDB:-}
-STRATEGY=${STRATEGY:-deepspeed_stage_2} # on one device without DeepSpeed: auto, which is the same training
+[ $((DEVICES * N_NODE)) -gt 1 ] || STRATEGY=${STRATEGY:-auto} # one device has nothing to divide, and auto writes states
+STRATEGY=${STRATEGY:-deepspeed_stage_2}
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi

@@ -5,13 +5,14 @@
 
 It is: pure functions of a configuration and of assumptions, each an argument with a name. It is not: a measurement.
 Memory of parameters, gradients and Adam is exact; activations are a count of what this model keeps for its backward
-pass, to about a quarter; throughput rests on `utilisation`, which the reported runs below put between a quarter and a
-half. Not included: the CUDA context (0.5 to 1 GB) and what an allocator leaves unused (plan for a tenth more).
+pass, to about a quarter; throughput rests on `utilisation`, which the runs of `REPORTED` put between a quarter and a
+half for the largest model and at a tenth for the smallest. Not included: the CUDA context (0.5 to 1 GB) and what an
+allocator leaves unused (plan for a tenth more).
 
 Symbols: P parameters, n devices, B micro_bsz, T ctx_len, L n_layer, D n_embd, A dim_att, F dim_ffn, N head size, V
 vocabulary. GB = 10^9 bytes.
 Sources: ZeRO, arXiv 1910.02054, section 3 (16 bytes a parameter, and which of them each stage cuts); data sheets of
-NVIDIA (dense bfloat16 rates); the runs of `REPORTED` (notebooks and README of infctx-trainer and RWKV-LM).
+NVIDIA (dense bfloat16 rates); the runs of `REPORTED` (infctx-trainer's notebook, and our own, benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 GB = 1e9
 SIZES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096)}  # L, D
 # bytes that a block keeps for its backward pass, for each token: (a channel of D, a channel of F); counted on the model
-KEPT = {"float32": (74, 8), "bfloat16": (48, 4)}
+# but for 4 of the 8.5: the float32 in which CUDA's autocast takes a square, as a processor's does not
+KEPT = {"float32": (94, 8), "bfloat16": (68, 8.5)}
+KEPT_FUSED = {"float32": (74, 4), "bfloat16": (48, 2.5)}  # on a processor with a C++ compiler: see model/fused.py
 ADAM = 8  # bytes a parameter: two float32 averages
 SLICED = 1 << 25  # numbers of the logits in memory at a time: model.loss works in slices
 
@@ -57,24 +60,25 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Report:
-    """A run that somebody measured: tokens a second on each GPU."""
+    """A run that somebody measured: tokens a second on each GPU. who: their name, and what they ran."""
 
     size: str
     device: str
     tokens_per_second: float
-    source: str
+    who: str
 
     @property
     def utilisation(self) -> float:
         return self.tokens_per_second * train_flops(model_of(self.size)) / GPUS[self.device].peak
 
 
-_INFCTX = "infctx-trainer, notebook 7B-8x80GB (8 GPUs)"
+_INFCTX = "infctx-trainer, notebook 7B-8x80GB, 8 GPUs"
 REPORTED = (
     Report("7B", "H100 SXM", 7000, _INFCTX),
     Report("7B", "H100 PCIe", 4200, _INFCTX),
     Report("7B", "A100 SXM 80", 3000, _INFCTX),
     Report("7B", "A100 PCIe 80", 2600, _INFCTX),
+    Report("0.1B", "H200 SXM", 109_000, "this course, 1 GPU, 101 to 117 thousand"),
 )
 
 
@@ -128,6 +132,12 @@ def model_of(size: str, ctx_len: int = 4096) -> ModelConfig:
     return ModelConfig(n_layer=n_layer, n_embd=n_embd, vocab_size=65536, ctx_len=ctx_len)
 
 
+def usual_utilisation(config: ModelConfig) -> float:
+    """What `REPORTED` suggests: 0.1 for the narrow 0.1B model, whose many small operations leave a GPU waiting; else
+    0.3, as measured at 7B. Between the two nobody has told us."""
+    return 0.1 if config.n_embd < 1024 else 0.3
+
+
 def train_flops(config: ModelConfig, grad_cp: bool = False) -> float:
     """Multiplications and additions for one token, forward and backward.
 
@@ -168,10 +178,14 @@ def state_bytes(n_params: int, strategy: str = "ddp", devices: int = 1, precisio
 
 
 def activation_bytes(
-    config: ModelConfig, micro_bsz: int, ctx_len: int, precision: str = "bf16", grad_cp: bool = False
-) -> float:
-    """What the blocks keep for the backward pass. grad_cp: one float32 number a channel, and one whole block."""
-    a_channel, of_ffn = KEPT["bfloat16" if precision in ("bf16", "fp16") else "float32"]
+    config: ModelConfig, micro_bsz: int, ctx_len: int, precision: str = "bf16", grad_cp: bool = False,
+    fused: bool = False,
+) -> float:  # fmt: skip
+    """What the blocks keep for the backward pass. grad_cp: one float32 number a channel, and one whole block.
+
+    fused: on a processor, with a C++ compiler.
+    """
+    a_channel, of_ffn = (KEPT_FUSED if fused else KEPT)["bfloat16" if precision in ("bf16", "fp16") else "float32"]
     tokens = micro_bsz * ctx_len
     block = tokens * (a_channel * config.n_embd + of_ffn * config.dim_ffn)
     if grad_cp:
@@ -181,12 +195,12 @@ def activation_bytes(
 
 def memory(
     config: ModelConfig, micro_bsz: int, ctx_len: int, strategy: str = "ddp", devices: int = 1,
-    precision: str = "bf16", grad_cp: bool = False, logits_whole: bool | None = None,
+    precision: str = "bf16", grad_cp: bool = False, logits_whole: bool | None = None, fused: bool = False,
 ) -> Memory:  # fmt: skip
     """Peak bytes on each of `devices` while training.
 
     logits_whole: logits and their gradient are held entirely, as in the official trainer. None: as this trainer does
-    it, in slices unless the parameters themselves are cut.
+    it, in slices unless the parameters themselves are cut. fused: see `activation_bytes`.
     """
     each = 2 if precision in ("bf16", "fp16") else 4
     state = state_bytes(config.n_params, strategy, devices, precision)
@@ -201,30 +215,31 @@ def memory(
         numbers = min(numbers, SLICED)
     return Memory(
         state.weights, copies, state.gradients, state.adam,
-        activation_bytes(config, micro_bsz, ctx_len, precision, grad_cp), 2 * each * numbers, state.host,
+        activation_bytes(config, micro_bsz, ctx_len, precision, grad_cp, fused), 2 * each * numbers, state.host,
     )  # fmt: skip
 
 
 def tokens_per_second(
-    config: ModelConfig, device: Device, devices: int = 1, utilisation: float = 0.3, scaling: float = 0.9,
+    config: ModelConfig, device: Device, devices: int = 1, utilisation: float | None = None, scaling: float = 0.9,
     grad_cp: bool = False,
 ) -> float:  # fmt: skip
-    """Of all devices together. utilisation: share of the peak rate that training reaches on one device (see REPORTED);
-    scaling: what is left of each device's speed when several exchange gradients."""
+    """Of all devices together. utilisation: share of the peak rate that training reaches on one device, by default
+    `usual_utilisation`; scaling: what is left of each device's speed when several exchange gradients."""
+    utilisation = usual_utilisation(config) if utilisation is None else utilisation
     alone = utilisation * device.peak / train_flops(config, grad_cp)
     return alone * (devices * scaling if devices > 1 else 1)
 
 
 def plan_run(
-    cfg: TrainConfig, device: Device, tokens: float | None = None, utilisation: float = 0.3, scaling: float = 0.9,
-    price_per_hour: float = 0.0, logits_whole: bool | None = None,
+    cfg: TrainConfig, device: Device, tokens: float | None = None, utilisation: float | None = None,
+    scaling: float = 0.9, price_per_hour: float = 0.0, logits_whole: bool | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of the run that `cfg` describes; tokens: how many, by default abs(my_exit_tokens).
 
     Raises ValueError if neither says how many, or for assumptions outside of (0, 1].
     """
     for name, value in (("utilisation", utilisation), ("scaling", scaling)):
-        if not 0 < value <= 1:
+        if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name} is {value}: it is a share, above 0 and at most 1")
     tokens = abs(cfg.my_exit_tokens) if tokens is None else tokens
     if tokens <= 0:

@@ -29,7 +29,10 @@ def test_panel_follows_its_controls():
     panel.grad_cp.value = True
     assert total(panel) < before
     panel.size.value = "7B"
-    assert "does NOT fit" in panel.report.value
+    assert "does NOT fit" in panel.report.value and panel.utilisation.value == 0.3
+    panel.utilisation.value, panel.size.value = 0.5, "0.1B"
+    assert panel.utilisation.value == 0.1
+    panel.size.value = "7B"
     panel.gpu.value, panel.devices.value, panel.strategy.value = "H200 SXM", 8, "deepspeed_stage_3_offload"
     assert "does NOT fit" not in panel.report.value and "GB of RAM for each" in panel.report.value
     expected = planner.memory(planner.model_of("7B"), 32, 512, "deepspeed_stage_3_offload", 8, "bf16", True).total

@@ -107,7 +107,7 @@ def plan_html(plan: Plan) -> str:
 
 
 def panel() -> Panel:
-    """Change model, GPU, strategy and assumptions; see memory, time and cost.
+    """Change model, GPU, strategy and assumptions; see memory, time and cost. A model brings its usual utilisation.
 
     Attributes: the controls size, gpu, strategy, devices, micro_bsz, ctx_len, grad_cp, tokens, utilisation, scaling,
     price, and the results report (HTML) and picture (Image).
@@ -115,13 +115,13 @@ def panel() -> Panel:
     label = {"style": {"description_width": "initial"}}
     size = ipywidgets.Dropdown(options=list(SIZES), value="0.1B", description="model", **label)
     gpu = ipywidgets.Dropdown(options=list(GPUS), value="RTX 4090", description="device", **label)
-    strategy = ipywidgets.Dropdown(options=STRATEGIES, value="deepspeed_stage_2", description="--strategy", **label)
+    strategy = ipywidgets.Dropdown(options=STRATEGIES, value="ddp", description="--strategy", **label)
     devices, devices_slider = number_and_slider("devices in all", 1, 1, 256)
     micro_bsz, micro_slider = number_and_slider("--micro_bsz", 16, 1, 64)
     ctx_len, ctx_slider = number_and_slider("--ctx_len", 512, 128, 8192, 128)
     grad_cp = ipywidgets.Checkbox(value=False, description="--grad_cp 1", **label)
     tokens = ipywidgets.BoundedFloatText(value=1.498, min=0.001, max=1e5, description="tokens (10^9)", **label)
-    utilisation = ipywidgets.BoundedFloatText(value=0.3, min=0.01, max=1, step=0.05, description="utilisation", **label)
+    utilisation = ipywidgets.BoundedFloatText(value=0.1, min=0.01, max=1, step=0.05, description="utilisation", **label)
     scaling = ipywidgets.BoundedFloatText(value=0.9, min=0.01, max=1, step=0.05, description="scaling", **label)
     price = ipywidgets.BoundedFloatText(value=0.5, min=0, max=100, step=0.1, description="price an hour", **label)
     report, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
@@ -142,6 +142,10 @@ def panel() -> Panel:
         report.value = plan_html(plan)
         picture.value = plots.png(memory_figure({strategy.value: plan.memory}, [plan.device.memory]))
 
+    def usual(_change: object) -> None:
+        utilisation.value = planner.usual_utilisation(planner.model_of(size.value))
+
+    size.observe(result.guard(usual), names="value")
     for control in controls.values():
         control.observe(result.guard(update), names="value")
     result.guard(update)()
