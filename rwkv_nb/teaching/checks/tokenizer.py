@@ -27,14 +27,14 @@ def parse_line(answer: Callable) -> str:
     require(answer("10 '\\t' 1") == (10, b"\t"), "an escape such as \\t in the file stands for one character. "
                                                "Did you read the literal, or only cut off its quotes?")
     got = answer("5 '  ' 2")
-    require(got == (5, b"  "), "an entry may itself contain blanks. Is your cut at the first and at the *last* blank?")
+    require(got == (5, b"  "), "an entry may itself contain spaces. Is your cut at the first and at the *last* space?")
     require(answer('7 "it\'s" 4') == (7, b"it's"), "some literals stand in double quotes.")
     require(answer("9 '今' 3") == (9, b"\xe4\xbb\x8a"), "今 has three bytes. Which encoding did you use? It is UTF-8.")
     require(answer("9 b'\\xe4\\xbb' 2") == (9, b"\xe4\xbb"), "some literals are bytes already: leave them as they are.")
     try:
         answer("9 'a'*3 3")
     except (ValueError, SyntaxError):
-        return "blanks, quotes, escapes and bytes, and nothing in the file gets executed."
+        return "spaces, quotes, escapes and bytes, and nothing in the file gets executed."
     require(False, "'a'*3 is an expression, not a literal, and you computed it. A file must not be able to run code: "
                    "did you use eval?")
     return ""

@@ -55,7 +55,7 @@ ARTICLE_1 = {
 
 
 def readable(entry: bytes) -> str:
-    """A token's bytes for the eye: text where they are text (blanks made visible), else hexadecimal."""
+    """A token's bytes for the eye: text where they are text (spaces made visible), else hexadecimal."""
     try:
         text = entry.decode("utf-8")
     except UnicodeDecodeError:
