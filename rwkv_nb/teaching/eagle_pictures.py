@@ -61,7 +61,7 @@ def contexts_figure(constant: Mapping[str, float], growing: Mapping[str, float],
 
 
 def levels_figure(row: Sequence[float], rounded: Sequence[float], levels: Sequence[float]) -> Figure:
-    """A few weights of a row as dots, the values that 8 bits can say as lines, and where each weight is moved."""
+    """A few weights as dots, the values that 8 bits can say as lines, and where each weight is moved."""
     fig, ax = plots.figure(height=2.8)
     for level in levels:
         ax.axhline(level, color="#999999", linewidth=0.6)
@@ -69,7 +69,7 @@ def levels_figure(row: Sequence[float], rounded: Sequence[float], levels: Sequen
     ax.plot(x, row, "o", color=plots.COLOURS[0], label="weight")
     ax.plot(x, rounded, "x", color=plots.COLOURS[1], label="what is stored", markersize=8)
     ax.vlines(x, row, rounded, color=plots.COLOURS[1], linewidth=1)
-    ax.set(xlabel="column", ylabel="value", xticks=x)
+    ax.set(xlabel="weight", ylabel="value", xticks=x)
     ax.grid(False)
     ax.legend(loc="upper right", ncols=2)
     return fig
