@@ -12,34 +12,34 @@ import numpy as np
 from rwkv_nb.teaching.checks import exercise, require
 
 
-def _index(sizes: list[int], width: int, code: int, n_docs: int | None = None) -> bytes:
+def _index(sizes: list[int], width: int, code: int, n_bounds: int | None = None) -> bytes:
     """An index file put together byte by byte. width: bytes a token."""
     def little(value: int, length: int) -> bytes:
         return value.to_bytes(length, "little")
 
-    n_docs = len(sizes) + 1 if n_docs is None else n_docs
-    parts = [b"MMIDIDX\0\0", little(1, 8), little(code, 1), little(len(sizes), 8), little(n_docs, 8)]
+    n_bounds = len(sizes) + 1 if n_bounds is None else n_bounds
+    parts = [b"MMIDIDX\0\0", little(1, 8), little(code, 1), little(len(sizes), 8), little(n_bounds, 8)]
     parts += [little(size, 4) for size in sizes]
     parts += [little(sum(sizes[:i]) * width, 8) for i in range(len(sizes))]
-    parts += [little(min(i, len(sizes)), 8) for i in range(n_docs)]
+    parts += [little(min(i, len(sizes)), 8) for i in range(n_bounds)]
     return b"".join(parts)
 
 
 @exercise("2.1", "The header", minutes=8, difficulty=2)
 def parse_header(answer: Callable) -> str:
-    """answer(idx) -> (version, dtype_code, n_items, n_docs)."""
+    """answer(idx) -> (version, dtype_code, n_items, n_bounds)."""
     idx = _index([2, 5, 2], width=2, code=8)
     got = answer(idx)
     require(isinstance(got, tuple | list) and len(got) == 4,
-            f"return four numbers (version, dtype_code, n_items, n_docs); yours is {got!r}.")
-    version, code, n_items, n_docs = got
+            f"return four numbers (version, dtype_code, n_items, n_bounds); yours is {got!r}.")
+    version, code, n_items, n_bounds = got
     require(version == 1, f"version is {version!r}, the file says 1. Does your format begin with '<'? Without "
                           "it struct reads the machine's byte order and inserts padding, and this file has none.")
     require(not isinstance(code, bytes), f"dtype_code is {code!r}; it should be a number: 'B', not 'c' or 's'.")
     require(code == 8, f"dtype_code is {code!r}, expected 8: it is the single byte number 17.")
-    require((n_items, n_docs) != (4, 3), "n_items and n_docs are the wrong way round: N, the items, is first.")
-    require((n_items, n_docs) == (3, 4), f"n_items, n_docs are {n_items!r}, {n_docs!r}; this file has 3 items and 4 "
-                                         "bounds. Both are u64: eight bytes each, from byte 18 on.")
+    require((n_items, n_bounds) != (4, 3), "n_items and n_bounds are the wrong way round: N, the items, is first.")
+    require((n_items, n_bounds) == (3, 4), f"n_items, n_bounds are {n_items!r}, {n_bounds!r}; this file has 3 items "
+                                           "and 4 bounds. Both are u64: eight bytes each, from byte 18 on.")
     large = idx[:18] + (2**32 + 7).to_bytes(8, "little") + (2**32 + 8).to_bytes(8, "little")
     require(tuple(answer(large)[2:]) == (2**32 + 7, 2**32 + 8),
             "a header with more than 2**32 items comes out wrong: did you read four bytes (I) instead of eight (Q)?")
@@ -70,7 +70,7 @@ def item_bytes(answer: Callable) -> str:
     require(tuple(answer(wide, 2)) == (1228, 1272),
             f"with dtype code 4 (int32) item 2 is {tuple(answer(wide, 2))}, expected (1228, 1272). "
             "Did you take two bytes a token for granted? Byte 17 knows better.")
-    more_bounds = _index(sizes, width=2, code=8, n_docs=9)
+    more_bounds = _index(sizes, width=2, code=8, n_bounds=9)
     require(tuple(answer(more_bounds, 3)) == (636, 646), "with more document bounds than items the answer changes; "
                                                          "it should depend on N alone.")
     return "any item of a file of any size, with two small reads."
