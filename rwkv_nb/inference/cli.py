@@ -43,23 +43,28 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(PROGRAM, description="Write with an RWKV-5 model.", allow_abbrev=False)
     add, default = made.add_argument, SamplingArgs()
     add("--model", required=True, help="a .pth file of RWKV-5.2")
-    add("--strategy", default="cpu fp32", help="such as 'cuda fp16i8 *10 -> cpu fp32'; auto: the quickest that fits")
+    add("--strategy", default="cpu fp32", help="such as 'cuda fp16i8 *10 -> cpu fp32'; auto: the quickest that fits "
+                                               "(default: %(default)s)")  # fmt: skip
     add("--plan", action="store_true", help="show what the strategy puts where and whether it fits, and end")
-    add("--engine", default="auto", help="auto, ours or package (the `rwkv` package)")
+    add("--engine", default="auto", help="auto, ours or package (the `rwkv` package); default: %(default)s")
     add("--tokenizer", help="a vocab.json, or rwkv_vocab_v20230424; default: World for 65536 tokens, else the "
                             "vocab.json beside the model")  # fmt: skip
     add("--prompt", help="the beginning of the text; default: standard input")
     add("--chat", action="store_true", help="a conversation in the form 'User: … Assistant:'")
-    add("--n_tokens", type=int, default=256, help="write at most so many tokens (an answer in a conversation)")
-    add("--temperature", type=float, default=default.temperature, help="0: the likeliest token, always")
-    add("--top_p", type=float, default=default.top_p, help="the likeliest tokens that together reach this; 1: all")
-    add("--top_k", type=int, default=default.top_k, help="at most so many tokens; 0: no limit")
-    for name in ("alpha_frequency", "alpha_presence", "alpha_decay"):
-        add(f"--{name}", type=float, default=getattr(default, name), help="penalty for repetition")
+    add("--n_tokens", type=int, default=256, help="write at most so many tokens, an answer in a conversation (%(default)s)")
+    for name, kind, text in (
+        ("temperature", float, "below 1 surer, above 1 wilder; 0: the likeliest token, always"),
+        ("top_p", float, "the likeliest tokens that together reach this; 1: all"),
+        ("top_k", int, "at most so many tokens; 0: no limit"),
+        ("alpha_presence", float, "taken once from the logit of every token written so far"),
+        ("alpha_frequency", float, "taken from it once more for each time that it was written"),
+        ("alpha_decay", float, "factor on these counts at each step: what is long past is forgiven"),
+        ("chunk_len", int, "tokens of the prompt read at a time"),
+    ):
+        add(f"--{name}", type=kind, default=getattr(default, name), help=f"{text} (%(default)s)")
     add("--token_ban", type=int, nargs="*", default=(), help="ids that are never drawn")
     add("--token_stop", type=int, nargs="*", help="ids that end the text; default with World: 0, the end of a document")
     add("--stop", action="append", default=[], help="a text that ends the writing; may be repeated")
-    add("--chunk_len", type=int, default=default.chunk_len, help="tokens of the prompt read at a time")
     add("--seed", type=int, help="the same seed writes the same text")
     return made
 

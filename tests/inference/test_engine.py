@@ -212,3 +212,12 @@ def test_a_conversation_is_kept_by_its_state(capsys, monkeypatch):
     whole = "Us: ab\n\nArs: gh\n\nUs: cd\n\nArs: ij\n\nUs:"
     assert seen.count(whole) == 2  # the second question, asked twice, each time after the first one alone
     assert max(seen, key=len) == whole and seen[-1] == "Us: ef\n\nArs: gh\n\nUs:"
+
+
+def test_help_says_what_each_flag_of_sampling_does_and_its_default():
+    shown = {action.dest: action for action in cli.parser()._actions}
+    texts = [shown[name].help for name in SamplingArgs.__dataclass_fields__]
+    assert len(set(texts)) == len(texts)
+    for name in ("temperature", "top_p", "top_k", "alpha_presence", "alpha_frequency", "alpha_decay", "chunk_len"):
+        assert shown[name].default == getattr(SamplingArgs(), name) and "%(default)s" in shown[name].help
+    assert "default: cpu fp32" in cli.parser().format_help()
