@@ -101,7 +101,7 @@ def memory_plan(plan: Plan, config: ModelConfig, slowness: Mapping[str, float] =
     if plan.n_layer != config.n_layer:
         raise ValueError(f"the strategy was planned for {plan.n_layer} layers, the model has {config.n_layer}")
     weights, read, streamed, layers = Counter(), Counter(), Counter(), [0] * len(plan.places)
-    embedding = 0
+    embedding, same = 0, _names(plan)
     for name, shape in parameter_shapes(config).items():
         if ".ln0." in name or is_mask(name):
             continue  # ln0 is worked into the embedding while loading
@@ -111,7 +111,7 @@ def memory_plan(plan: Plan, config: ModelConfig, slowness: Mapping[str, float] =
             weights["cpu"] += size
             read["cpu"] += size // shape[0]
             continue
-        device = _same(place.device, plan)
+        device = same[place.device]
         layers[place.index] += size
         read[device] += size * _slowness(shape, place, slowness)
         if place.streamed and place.device != "cpu" and name.startswith("blocks.") and name.endswith(STREAMED):
@@ -124,10 +124,11 @@ def memory_plan(plan: Plan, config: ModelConfig, slowness: Mapping[str, float] =
     return MemoryPlan(plan, dict(weights), state, dict(read), dict(streamed), tuple(layers), embedding)
 
 
-def _same(device: str, plan: Plan) -> str:
-    """One name for "cuda" and "cuda:0" in a plan that uses both."""
-    pair = [name for name in plan.devices if name in ("cuda", "cuda:0")]
-    return pair[0] if device in pair else device
+def _names(plan: Plan) -> dict[str, str]:
+    """Device -> the name that counts: the first one of "cuda" and "cuda:0" in a plan that uses both."""
+    devices = plan.devices
+    pair = [name for name in devices if name in ("cuda", "cuda:0")]
+    return {name: pair[0] if name in pair else name for name in devices}
 
 
 def place_of(name: str, plan: Plan) -> Place:
@@ -164,9 +165,10 @@ def _slowness(shape: tuple[int, ...], place: Place, slowness: Mapping[str, float
 def _state_bytes(plan: Plan, config: ModelConfig) -> dict[str, int]:
     """The state of one sequence: two rows of n_embd in the block's format, heads of N x N in float32."""
     state: dict[str, int] = {}
+    same = _names(plan)
     for place in plan.places[:-1]:
         size = 2 * config.n_embd * BYTES[place.dtype] + 4 * config.dim_att * config.head_size_a
-        device = _same(place.device, plan)
+        device = same[place.device]
         state[device] = state.get(device, 0) + size
     return state
 
