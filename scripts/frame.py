@@ -75,8 +75,10 @@ def anchor(heading: str) -> str:
 
     >>> anchor("## 4. Greedy longest match")
     '#4.-Greedy-longest-match'
+    >>> anchor("### Why `top_p` = 1 was greedy")
+    '#Why-top_p-=-1-was-greedy'
     """
-    return "#" + heading.lstrip("#").strip().replace(" ", "-")
+    return "#" + re.sub(r"[`*$]", "", heading.lstrip("#").strip()).replace(" ", "-")
 
 
 def glance(notebook: nbformat.NotebookNode) -> str:

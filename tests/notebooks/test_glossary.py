@@ -43,7 +43,8 @@ def anchors(path: Path) -> set[str]:
     """The anchors that Jupyter gives to the headings of a notebook."""
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
     text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    return {heading.strip().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+    plain = (re.sub(r"[`*$]", "", heading) for heading in re.findall(r"^#+ (.*)$", text, re.M))  # as it is shown
+    return {heading.strip().replace(" ", "-") for heading in plain}
 
 
 ANCHORS = {path.name: anchors(path) for path in NOTEBOOKS}
