@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGE = 4096  # a vocabulary from here on is not sorted as a whole, nor given a random number for each token
+LIKELIEST = 512  # tokens that mostly are enough for top_p
+
 
 @dataclass(frozen=True)
 class SamplingArgs:
@@ -85,19 +88,29 @@ def filter_probs(logits: Tensor, temperature: float = 1.0, top_p: float = 0.85, 
     if log_p.isnan().any():
         raise ValueError("filter_probs: the logits hold NaN or +inf, or every token is banned (all are -inf)")
     p = log_p.exp()
-    # Tokens below (1 - top_p) / V sum to less than 1 - top_p: the rest holds all that top_p can keep, and less to sort.
-    candidates = torch.nonzero(p > 0.5 * (1 - top_p) / len(p)).squeeze(1)
-    order = candidates[torch.sort(p[candidates], descending=True, stable=True).indices]  # equal: lower id first
-    keep = len(order)
+    kept = _likeliest(p, temperature, top_p, top_k)
+    sharpened = (log_p[kept] - log_p[kept[0]]) / (temperature or 1.0)  # the first is the largest: 0
+    return torch.zeros_like(p).index_copy_(0, kept, torch.softmax(sharpened, dim=0)).to(logits.device)
+
+
+def _likeliest(p: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """The ids that are kept of probabilities (V,), by falling probability; of equal ones the lower id comes first."""
     if temperature == 0:
-        keep = 1
-    elif top_p < 1:
+        return p.argmax(keepdim=True)  # the first, if several are largest
+    # Tokens below (1 - top_p) / V sum to less than 1 - top_p: the rest holds all that top_p can keep, and less to sort.
+    least = 0.5 * (1 - top_p) / len(p)
+    if len(p) > LARGE:
+        top = torch.topk(p, LIKELIEST, sorted=False).values
+        if float(top.sum()) > top_p + 1e-9 or 0 < top_k <= LIKELIEST:
+            least = max(least, float(top.min()))  # these suffice; all that equal the least of them stay
+    candidates = torch.nonzero(p >= least if least > 0 else p > 0).squeeze(1)
+    order = candidates[torch.sort(p[candidates], descending=True, stable=True).indices]
+    keep = len(order)
+    if top_p < 1:
         keep = min(keep, int((p[order].cumsum(0) < top_p).sum()) + 1)
     if top_k > 0:
         keep = min(keep, top_k)
-    kept = order[:keep]
-    sharpened = (log_p[kept] - log_p[kept[0]]) / (temperature or 1.0)  # the first is the largest: 0
-    return torch.zeros_like(p).index_copy_(0, kept, torch.softmax(sharpened, dim=0)).to(logits.device)
+    return order[:keep]
 
 
 def sample_logits(logits: Tensor, args: SamplingArgs, generator: torch.Generator | None = None) -> int | list[int]:
@@ -118,5 +131,8 @@ def sample_logits(logits: Tensor, args: SamplingArgs, generator: torch.Generator
         logits = logits.clone()
         logits[..., list(args.token_ban)] = -math.inf
     probs = filter_probs(logits, args.temperature, args.top_p, args.top_k).cpu()
-    drawn = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-    return drawn.tolist()
+    if probs.shape[-1] <= LARGE:
+        return torch.multinomial(probs, 1, generator=generator).squeeze(-1).tolist()
+    # A draw takes a random number for each token that could come: milliseconds, if it is asked for all of them.
+    left = torch.nonzero(probs if probs.dim() == 1 else probs.amax(0)).squeeze(1)
+    return left[torch.multinomial(probs[..., left], 1, generator=generator)].squeeze(-1).tolist()

@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv.utils import PIPELINE
 
+from rwkv_nb.inference import sampling
 from rwkv_nb.inference.sampling import SamplingArgs, filter_probs, sample_logits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def package_probs(monkeypatch, logits, temperature, top_p, top_k):
@@ -89,7 +92,8 @@ def test_always_probabilities_that_keep_the_order(values, temperature, top_p, to
     x = torch.tensor(values)
     p = filter_probs(x, temperature, top_p, top_k)
     assert p.isfinite().all() and float(p.sum()) == pytest.approx(1) and int((p > 0).sum()) <= (top_k or len(x))
-    order = torch.sort(x.double(), descending=True, stable=True).indices  # what is cut is the end of this list
+    log_p = torch.log_softmax(x.double(), 0)  # logits 1e-25 apart have equal probabilities: then the lower id is first
+    order = torch.sort(log_p, descending=True, stable=True).indices  # what is cut is the end of this list
     assert not (p[order].diff() > 1e-12).any() and p[order[0]] > 0
 
 
@@ -141,6 +145,27 @@ def test_by_definition(values, temperature, top_p, top_k):
     x = torch.tensor(values)
     got = filter_probs(x, temperature, top_p, top_k).tolist()
     assert got == pytest.approx(by_definition(x, temperature, top_p, top_k), abs=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0, 6.0])
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.0, 0), (0.5, 0), (0.85, 0), (0.85, 7), (1.0, 300), (0.999, 3000)])
+def test_a_large_vocabulary_is_cut_as_a_small_one(monkeypatch, spread, top_p, top_k):
+    x = torch.round(4 * logits(5000, seed=1, spread=spread)) / 4  # many are equal, at the cut too
+    fast = filter_probs(x, 0.8, top_p, top_k)
+    monkeypatch.setattr(sampling, "LARGE", 10**9)
+    assert torch.equal(fast, filter_probs(x, 0.8, top_p, top_k))
+
+
+def test_draws_from_a_large_vocabulary_follow_the_probabilities():
+    x = torch.full((2, 9000), -math.inf)
+    x[:, [17, 4000, 8999]] = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]).log()
+    args, generator, n = SamplingArgs(top_p=1.0), torch.Generator().manual_seed(1), 400
+    rows = np.array([sample_logits(x, args, generator) for _ in range(n)]).T
+    rows = [*rows, np.array([sample_logits(x[0], args, generator) for _ in range(n)])]
+    for drawn, p in zip(rows, ([0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.5, 0.3, 0.2]), strict=True):
+        counts = np.bincount(drawn, minlength=9000)
+        assert counts[[17, 4000, 8999]].sum() == n
+        assert np.abs(counts[[17, 4000, 8999]] / n - p).max() < 0.11  # more than four standard deviations
 
 
 def test_draws_follow_the_probabilities():
