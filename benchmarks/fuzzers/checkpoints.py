@@ -118,6 +118,9 @@ def other_content(folder: Path) -> Callable[[Random], str]:
     tiny = stored(TINY)
     odd = ("text", 3, None, [], {}, 1.5, True, b"bytes", [torch.zeros(2)], {"x": torch.zeros(2)}, (1, 2))
 
+    path.write_bytes(stored(weights))
+    load_engine(path, "cpu fp32", "ours")  # builds its kernel, if need be
+
     def other_tensor(draw: Random, x: torch.Tensor) -> Any:
         return draw.choice(
             (

@@ -349,6 +349,8 @@ def generate(folder: Path) -> Callable[[Random], str]:
         "seed",
     ]
 
+    spoken(["generate", *(f"--{name}={value}" for name, value in good.items())])  # builds the kernels, if need be
+
     def case(draw: Random) -> str:
         flags, changed = some_flags(draw, good, names, 2)
         if not re.fullmatch(r"\d{1,2}", flags["n_tokens"]) and draw.random() < 0.9:
