@@ -322,7 +322,7 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
         Factor<FINE, 4> values[2];
         for (int c = 0; c < 2; c++) {
             const float a[4] = {v_t[c][0], v_t[c][1], v_t[c + 2][0], v_t[c + 2][1]};
-            values[c] = rounded<FINE>(a);  // exact already, but four new neighbours among the registers: 56 moves fewer
+            values[c] = rounded<FINE>(a);  // again, without loss: so the compiler places the four side by side
         }
 #pragma unroll
         for (int m = 0; m < N / 16; m++) {

@@ -121,16 +121,16 @@ wkv5_backward_r(int64_t steps, int heads, Global<const T> r, Global<const T> k, 
         const float r_j = to_float(r[now + j]), k_j = to_float(k[now + j]);
         __syncthreads();  // all of v and g is there
         // [gradient of r and u: two sums over the row]
-        float gS = 0, gv = 0;
+        float gS = 0, vg = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const float v_i = v_t[i], g_i = g_t[i];
             gS = fmaf(g_i, S[i], gS);
-            gv = fmaf(g_i, v_i, gv);
+            vg = fmaf(g_i, v_i, vg);
             S[i] = fmaf(d.value, S[i], fmaf(d.rest, S[i], k_j * v_i));
         }
-        gr[now + j] = from_float<T>(fmaf(bonus * k_j, gv, gS));
-        u_sum.add(r_j * k_j * gv);
+        gr[now + j] = from_float<T>(fmaf(bonus * k_j, vg, gS));
+        u_sum.add(r_j * k_j * vg);
     }
     gu[int64_t(blockIdx.x) * N + j] = u_sum.value;  // (B, H, N): the batch is summed below
 }

@@ -1,6 +1,7 @@
 """Sections of benchmarks/RESULTS.md, shown in a notebook: figures measured on a machine that the reader may not have.
 
     measured.section("GPU")          the first section whose title has this word, as Markdown, or None
+    measured.table("GPU")            the rows of its first table, each as column -> text
 
 What it is not: a measurement. Each section names its machine, its date and the command that measures it again.
 """
@@ -27,3 +28,18 @@ def section(*words: str, file: Path = RESULTS) -> Markdown | None:
         if all(re.search(rf"\b{re.escape(word)}", title, re.IGNORECASE) for word in words):
             return Markdown(re.sub(r"^#+ ", "#### ", "## " + part, flags=re.MULTILINE).strip())
     return None
+
+
+def table(*words: str, file: Path = RESULTS) -> list[dict[str, str]]:
+    """The rows of the first table of `section(*words)`: heading of a column -> text. No section: no rows.
+
+    An empty cell of the first column stands for the one above it. Of two columns with one heading the first counts.
+    """
+    found = section(*words, file=file)
+    text = re.search(r"(?:^\|.*\n?)+", found.data if found else "", re.MULTILINE)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text[0].splitlines()] if text else [[]]
+    heads, rows, above = cells[0], [], ""
+    for row in cells[2:]:
+        above = row[0] = row[0] or above
+        rows.append(dict(zip(reversed(heads), reversed(row), strict=True)))
+    return rows

@@ -24,3 +24,13 @@ def test_every_section_of_the_real_file_can_be_shown():
     assert len(titles) >= 3
     for title in titles:
         assert measured.section(*title.split()[:2]).data.startswith("#### ")
+
+
+def test_rows_of_a_table(tmp_path):
+    file = tmp_path / "RESULTS.md"
+    file.write_text("## Speed on a GPU\n\nWords | here.\n\n"
+                    "| shape | way | ms | ms |\n|--|--|--:|--:|\n| (1, 2) | a | 1.5 | 9 |\n"
+                    "| | b | 2 | 8 |\n\n| other |\n|--|\n| 3 |\n")  # fmt: skip
+    rows = measured.table("GPU", file=file)
+    assert rows == [{"shape": "(1, 2)", "way": "a", "ms": "1.5"}, {"shape": "(1, 2)", "way": "b", "ms": "2"}]
+    assert measured.table("CPU", file=file) == [] and measured.table("GPU", file=tmp_path / "missing.md") == []
