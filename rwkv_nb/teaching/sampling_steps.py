@@ -70,11 +70,11 @@ def label(tokenizer, token: int) -> str:
 
 
 def likeliest(chances: dict[str, Tensor], n: int = SHOWN) -> list[int]:
-    """The n tokens that matter: likeliest after any step, in the order of the model."""
+    """The n tokens that matter: likeliest after any step, in the order of the first. None that is cut everywhere."""
     best = torch.stack(list(chances.values())).amax(0)
     chosen = torch.sort(best, descending=True, stable=True).indices[:n]
     first = next(iter(chances.values()))
-    return sorted(chosen.tolist(), key=lambda token: (-float(first[token]), token))
+    return sorted(chosen[best[chosen] > 0].tolist(), key=lambda token: (-float(first[token]), token))
 
 
 def rows(chances: dict[str, Tensor], tokenizer, n: int = SHOWN) -> list[tuple[str, list[float]]]:

@@ -107,6 +107,8 @@ def test_rows_of_the_table_add_up_and_keep_what_a_penalty_brings_up():
     assert f"{steps.label(CHARS, 20)} (20)" in [name for name, _ in table]
     order = [values[0] for _, values in table[:-1]]
     assert order == sorted(order, reverse=True)
+    one = torch.eye(V, dtype=torch.float64)[5]
+    assert steps.likeliest({"a": one, "b": one}, 6) == [5]  # none that is cut everywhere
 
 
 def test_labels():
