@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
                             "vocab.json beside the model")  # fmt: skip
     add("--prompt", help="the beginning of the text; default: standard input")
     add("--chat", action="store_true", help="a conversation in the form 'User: … Assistant:'")
-    add("--n_tokens", type=int, default=256, help="write at most so many tokens, an answer in a conversation (%(default)s)")
+    add("--n_tokens", type=int, default=256, help="write at most so many tokens, or of an answer (%(default)s)")
     for name, kind, text in (
         ("temperature", float, "below 1 surer, above 1 wilder; 0: the likeliest token, always"),
         ("top_p", float, "the likeliest tokens that together reach this; 1: all"),

@@ -50,16 +50,15 @@ def load_engine(path: str | os.PathLike, strategy: str = "cpu fp32", engine: str
     """
     if engine not in ENGINES:
         raise ValueError(f"engine = {engine!r}: choose from {', '.join(ENGINES)}")
-    config, stored = _look(path)
+    config = read_config(path)
     plan = parse_strategy(strategy, config.n_layer)
     check_devices(plan)
     place = plan.places[0]
     if engine != "package" and ours_can(plan):
         if plan.devices == ("cpu",) and place.dtype != "float16" and decoder.why_not() is None:
             storage = "int8" if place.eight_bit else place.dtype
-            # What is stored in another format is copied anyway: read it from the file page by page, never all at once.
-            model = RWKV.from_checkpoint(path, dtype=None, mmap=stored != getattr(torch, storage))
-            return decoder.Decoder(model, storage, place.dtype)
+            # The decoder copies each matrix: read it from the file page by page, never all of them at once.
+            return decoder.Decoder(RWKV.from_checkpoint(path, dtype=None, mmap=True), storage, place.dtype)
         if not place.eight_bit:
             model = RWKV.from_checkpoint(path, dtype=getattr(torch, place.dtype))
             model = rescale(model) if place.dtype == "float16" else model
@@ -106,15 +105,10 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     Raises:
         FileNotFoundError, ValueError: no such file, or not RWKV-5.2.
     """
-    return _look(path)[0]
-
-
-def _look(path: str | os.PathLike) -> tuple[ModelConfig, torch.dtype]:
-    """Sizes, and the format of the largest matrix."""
     weights = load_weights(path, mmap=True)
     try:
-        return ModelConfig.from_state_dict(weights), weights["emb.weight"].dtype
-    except (ValueError, KeyError) as error:
+        return ModelConfig.from_state_dict(weights)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
