@@ -51,7 +51,7 @@ def test_bars_follow_the_strategy(run_notebook, screenshot):
 
     panel.get_by_role("button", name="best strategy for this memory").focus()
     page.keyboard.press("Enter")
-    panel.get_by_text("0 to 31", exact=True).wait_for()
-    assert box.input_value() == "cuda fp16i8 *32 -> cpu bf16"
+    panel.get_by_text("0 to 30", exact=True).wait_for()
+    assert box.input_value() == "cuda fp16i8 *31+"
     changed(src)
     look("09 the best strategy for it")
