@@ -170,7 +170,8 @@ WRONG = {
         (lambda text, stop: len(text), "and you show it"),
         (lambda text, stop: max(0, visible(text, stop) - len(stop)), "show everything"),
         (lambda text, stop: text[: visible(text, stop)], "whole number"),
-        (lambda text, stop: visible(text, stop) if stop in text else len(text) - (text[-1:] == stop[0]), "hold it back"),
+        (lambda text, stop: visible(text, stop) if stop in text else len(text) - (text[-1:] == stop[0]),
+         "hold it back"),
     ],
 }
 
