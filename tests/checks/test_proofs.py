@@ -14,7 +14,8 @@ EVERY = exercises.exercises()
 @pytest.mark.parametrize("number", [about.number for about in EVERY])
 def test_at_least_three_wrong_answers_were_rejected(number, rejected, pytestconfig):
     options = pytestconfig.option
-    if options.keyword or options.markexpr or getattr(options, "lf", False) or any("::" in argument for argument in pytestconfig.args):
+    chosen = options.keyword or options.markexpr or getattr(options, "lf", False)
+    if chosen or any("::" in argument for argument in pytestconfig.args):
         pytest.skip("only a part of the proofs ran")
     if number not in rejected and not any(n.split(".")[0] == number.split(".")[0] for n in rejected):
         pytest.skip("the proofs of this notebook did not run")
