@@ -35,7 +35,7 @@ def clip(gradients, limit, root=True, always=False, each=False):
 
     if each:
         return [clip([a], limit)[0] for a in gradients]
-    factor = limit / norm(gradients)
+    factor = limit / (norm(gradients) or 1.0)
     return [a * (factor if always else min(1.0, factor)) for a in gradients]
 
 
@@ -87,6 +87,8 @@ WRONG = [
     (check.clip, lambda g, m: clip(g, m, each=True), "each array by itself"),
     (check.clip, lambda g, m: g, "(0.6, 0.8)"),
     (check.clip, lambda g, m: clip(g, m)[0], "Return a list"),
+    (check.clip, lambda g, m: [a * min(1.0, m / math.sqrt(sum((b**2).sum() for b in g))) for a in g], "zeros"),
+    (check.clip, lambda g, m: [a * min(1.0, m / math.sqrt(sum(float((b**2).sum()) for b in g))) for a in g], "zeros"),
     (check.cosine, lambda *a: rate(*a, shape=lambda p: math.cos(math.pi / 2 * p)), "quarter"),
     (check.cosine, lambda *a: rate(*a, shape=lambda p: 1 - p), "straight line"),
     (check.cosine, lambda s, n, w, a, b: rate(s, n, w, a, 0.0), "mean of"),
