@@ -54,7 +54,7 @@ PIPELINE_ALT = (
 class TrainingPlot:
     """Loss against training time, redrawn in place, beside horizontal lines for what simpler predictors reach.
 
-    yardsticks: label -> bits per token, drawn as dashed lines. `record(r)` fits `Monitor(on_record=...)`.
+    yardsticks: label -> bits per token, drawn as level lines. `record(r)` fits `Monitor(on_record=...)`.
     """
 
     def __init__(self, yardsticks: dict[str, float], unit: str = "bits per character", redraw_every: int = 2):
@@ -66,7 +66,7 @@ class TrainingPlot:
         (self.curve,) = self.ax.plot([], [], **plots.line(0), label="the model, on the batches it trains on")
         for i, (label, bits) in enumerate(yardsticks.items(), start=1):
             self.ax.axhline(bits, **plots.line(i), linewidth=1.2, label=label)
-        self.ax.legend(loc="upper right")
+        self.ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)  # above: no line crosses it
         alt = f"Training loss in {unit} falls with training time, past the levels of {' and '.join(yardsticks)}."
         self.live = plots.LiveFigure(self.fig, alt)
 

@@ -120,6 +120,8 @@ def test_panel_of_a_model_has_no_half_life(small_model):
 def test_panel_has_a_text_form_and_named_controls():
     panel = draw.panel(LINE)
     assert "needs a running kernel" in repr(panel)
+    assert repr(panel).endswith("; the cell below says the same without one]")
+    assert repr(draw.panel(LINE, still="a still picture follows")).endswith("kernel; a still picture follows]")
     for control in (panel.text, panel.position, panel.half_life):
         assert control.description
 

@@ -17,13 +17,15 @@ import ipywidgets
 class Panel(ipywidgets.VBox):
     """A VBox with a short text form, which is what viewers without a kernel show."""
 
+    still = "the cell below says the same without one"  # how the page goes on there
+
     def __init__(self, title: str, children: list):
         self.title = title
         self.error = ipywidgets.HTML("")
         super().__init__(children=[*children, self.error])
 
     def __repr__(self) -> str:
-        return f"[{self.title}: needs a running kernel; the cell below says the same without one]"
+        return f"[{self.title}: needs a running kernel; {self.still}]"
 
     def guard(self, callback: Callable) -> Callable:
         """Wrap an observer so that its exception is shown in the panel instead of vanishing in a log."""

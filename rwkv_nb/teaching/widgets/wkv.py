@@ -153,11 +153,13 @@ def story_html(trace: Trace, t: int) -> str:
     return line + f"<p>guess: “{html.escape(visible(guess))}”, {verdict}</p>"
 
 
-def panel(text: str, half_life: int | None = 0, trace: Callable[[str, int], Trace] = pair_table) -> Panel:
+def panel(text: str, half_life: int | None = 0, trace: Callable[[str, int], Trace] = pair_table,
+          still: str = Panel.still) -> Panel:
     """Step through a text and watch the state.
 
     The controls are attributes of the Panel: text, position (letters read, from 1), half_life (None: there is none);
-    results: story (HTML), picture (Image). `trace` makes the states from a text and a half-life.
+    results: story (HTML), picture (Image). `trace` makes the states from a text and a half-life. `still`: how the page
+    goes on for readers without a kernel.
     """
     label = {"style": {"description_width": "initial"}}
     words = ipywidgets.Text(value=text, description="Text", layout={"width": "95%"}, **label)
@@ -167,7 +169,7 @@ def panel(text: str, half_life: int | None = 0, trace: Callable[[str, int], Trac
     story, picture = ipywidgets.HTML(), ipywidgets.Image(format="png")
     result = Panel("State of a memory", [words, ipywidgets.HBox([position, slider]), *lives, story, picture])
     result.text, result.position, result.half_life = words, position, None if half_life is None else life
-    result.story, result.picture = story, picture
+    result.story, result.picture, result.still = story, picture, still
     made: dict[str, Trace] = {}
 
     def draw(_change: object = None) -> None:
