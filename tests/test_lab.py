@@ -71,7 +71,7 @@ def server(tmp_path_factory):
 
 def test_it_listens_on_loopback_alone(server):
     process, port, _ = server
-    for _ in range(100):  # the table of connections is read line by line: an entry can be missed while others come and go
+    for _ in range(100):  # the table of connections is read line by line and can miss an entry
         listening = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         if ("127.0.0.1", port) in listening:
             break
