@@ -1,19 +1,9 @@
 """Fixtures of the tests that train."""
 
 import pytest
-import torch
 from cli_cases import write_data
 
 from rwkv_nb.training import preflight
-
-
-@pytest.fixture
-def one_thread():
-    """Tensors this small gain nothing from more, and lose much where other programs use the processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run small models."""
+"""What tests of several folders share."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def one_thread():
-    """Models this small gain nothing from more threads, and lose much where other programs use the processor."""
+    """Tensors this small gain nothing from more, and lose much where other programs use the processor."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
