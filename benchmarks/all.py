@@ -134,7 +134,7 @@ def training() -> Iterable[Row]:
 
 
 def decode() -> Iterable[Row]:
-    text = script("decode.py", "--turns", "2")
+    text = script("decode.py", "--only", "speed", "--turns", "4")
     for title, what in (("Writing", "decode, L12 D768 V65536"), ("A prompt", "prefill of 256 tokens")):
         speeds = {name: float(row["tokens/s"]) for name, row in table(text, title).items()}
         theirs = {name: speed for name, speed in speeds.items() if name.startswith("package")}

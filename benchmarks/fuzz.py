@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzzers import Wrong, checkpoints, data, text, words
+from fuzzers import Wrong, checkpoints, data, flags, strategies, text
 
 SUBJECTS: dict[str, tuple[Callable, int, int]] = {  # name: (fuzzer, cases of a benchmark, cases of a test)
     "tokenizer": (text.tokenizer, 20_000, 300),
@@ -42,10 +42,10 @@ SUBJECTS: dict[str, tuple[Callable, int, int]] = {  # name: (fuzzer, cases of a 
     "checkpoints": (checkpoints.damaged_files, 8_000, 60),
     "other checkpoints": (checkpoints.other_content, 2_000, 60),
     "hostile pickles": (checkpoints.hostile, 4_000, 60),
-    "strategies": (words.strategies, 30_000, 300),
-    "flags of train": (words.train, 4_000, 60),
-    "flags of generate": (words.generate, 800, 20),
-    "flags of make_data": (words.make_data, 800, 40),
+    "strategies": (strategies.strategies, 30_000, 300),
+    "flags of train": (flags.train, 4_000, 60),
+    "flags of generate": (flags.generate, 800, 20),
+    "flags of make_data": (flags.make_data, 800, 40),
 }
 TOO_LONG = 20  # seconds
 MEMORY = 16 << 30  # bytes of addresses that a subject may ask for: a size out of a damaged file must not be believed

@@ -224,18 +224,18 @@ struct Worker {
 // ---- one product, for prompts --------------------------------------------------------------------------------------
 
 struct Product {
-    int64_t n, storage, pairs, threads;  // pairs: x holds bfloat16, and the matrix is rounded to it
+    int64_t n, storage, pairs, narrow, threads;  // pairs: x holds bfloat16, and the matrix is rounded to it
     Parallel parallel;
     Team team;
     Matrix matrix;
     const void* x;               // (n, columns)
-    float* y;                    // (n, rows)
+    void* y;                     // (n, rows), float, or bfloat16 if narrow
 };
 
 void multiply(const Product& p, int64_t me, int64_t threads, float* scratch, uint32_t* pairs) {
     const Matrix& m = p.matrix;
     const int64_t from = m.panels() * me / threads, to = m.panels() * (me + 1) / threads;
-    const Vectors vectors{p.x, m.columns, p.y, m.rows, p.n};
+    const Vectors vectors{p.x, m.columns, p.y, m.rows, p.n, p.narrow != 0};
     with_storage(p.storage, [&](auto S) {
         if (p.pairs) pair_panels<S>(m, from, to, vectors, scratch, pairs);
         else panels<S>(m, from, to, vectors, scratch);

@@ -15,6 +15,8 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
+
 #include "wkv5_cpu_registers.h"
 
 namespace {
@@ -24,6 +26,7 @@ namespace {
 constexpr long PANEL = 16;       // rows
 constexpr long GROUP = 64;       // columns that are summed on their own, and in INT8 share a scale
 constexpr int PARTS = PANEL / W; // registers that a column of a panel takes
+constexpr long LINE = 64;        // bytes of the cache
 constexpr long MANY = 16;        // vectors from which on unpacking first is worth it
 
 // Panels and vectors of a tile, so that its sums fit in the registers; with one vector more panels, to hide latency.
@@ -122,17 +125,39 @@ template <> struct Stored<INT8> {
 struct Vectors {
     const void* x;               // float, or bfloat16 for pair_panels
     long x_row;
-    float* y;
+    void* y;                     // float, or bfloat16 where `narrow` says so
     long y_row, n;
+    bool narrow = false;
+    // From row `row` of vector b on.
+    void* place(long b, long row) const { return static_cast<char*>(y) + (b * y_row + row) * (narrow ? 2 : 4); }
 };
+
+// 16 sums to bfloat16.
+inline void round_panel(uint16_t* to, const vec (&sum)[PARTS]) {
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(sum[0]));
+    std::memcpy(to, &rounded, sizeof rounded);
+#else
+    float wide[PANEL];
+    std::memcpy(wide, sum, sizeof wide);
+    for (long i = 0; i < PANEL; ++i) to[i] = to_bfloat16(wide[i]);
+#endif
+}
 
 // The sums of R panels with C vectors, from vector b on, to their places in y. In the last panel rows may be missing.
 template <int R, int C>
 inline void put(const vec (&sum)[R][C][PARTS], const Matrix& m, long first, const Vectors& v, long b) {
     for (int y = 0; y < R; ++y) {
         const long row = (first + y) * PANEL, left = m.rows - row;
-        for (int c = 0; c < C; ++c)
-            std::memcpy(v.y + (b + c) * v.y_row + row, sum[y][c], sizeof(float) * (left < PANEL ? left : PANEL));
+        for (int c = 0; c < C; ++c) {
+            const long n = left < PANEL ? left : PANEL;
+            if (v.narrow) {
+                uint16_t rounded[PANEL];
+                round_panel(rounded, sum[y][c]);
+                std::memcpy(v.place(b + c, row), rounded, sizeof(uint16_t) * n);
+            } else
+                std::memcpy(v.place(b + c, row), sum[y][c], sizeof(float) * n);
+        }
     }
 }
 
@@ -206,7 +231,7 @@ void panels(const Matrix& m, long from, long to, const Vectors& v, float* scratc
         if (S == F32 || v.n < MANY) return cover(v.n, [&](auto C, long b) { tile<S, R, C, 0>(m, at, v, b); });
         unpack<S, R>(m, at, scratch);
         const Matrix there{scratch, nullptr, m.rows - at * PANEL, m.columns};
-        const Vectors moved{v.x, v.x_row, v.y + at * PANEL, v.y_row, v.n};
+        const Vectors moved{v.x, v.x_row, v.place(0, at * PANEL), v.y_row, v.n, v.narrow};
         cover(v.n, [&](auto C, long b) { tile<F32, R, C, 0>(there, 0, moved, b); });
     });
 }
@@ -262,10 +287,18 @@ SEPARATE void unpack_pairs(const Matrix& m, long first, float* scratch, uint32_t
 template <int S>
 void pair_panels(const Matrix& m, long from, long to, const Vectors& v, float* scratch, uint32_t* pairs) {
     groups<TILE>(from, to, [&](auto R, long at) {
-        if (S == BF16) return cover(v.n, [&](auto C, long b) { pair_tile<R, C>(m, at, v, b); });
+        if (S == BF16) {  // while these panels are multiplied, the next are fetched, a part with each tile of vectors
+            const long panel = m.columns * PANEL * Stored<BF16>::SIZE, bytes = std::min<long>(R, to - at - R) * panel;
+            const char* next = static_cast<const char*>(m.numbers) + (at + R) * panel;
+            return cover(v.n, [&](auto C, long b) {
+                for (long i = bytes * b / v.n / LINE * LINE; i < bytes * (b + C) / v.n; i += LINE)
+                    __builtin_prefetch(next + i, 0, 2);
+                pair_tile<R, C>(m, at, v, b);
+            });
+        }
         unpack_pairs<S, R>(m, at, scratch, pairs);
         const Matrix there{pairs, nullptr, m.rows - at * PANEL, m.columns};
-        const Vectors moved{v.x, v.x_row, v.y + at * PANEL, v.y_row, v.n};
+        const Vectors moved{v.x, v.x_row, v.place(0, at * PANEL), v.y_row, v.n, v.narrow};
         cover(v.n, [&](auto C, long b) { pair_tile<R, C>(there, 0, moved, b); });
     });
 }

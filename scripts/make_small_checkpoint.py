@@ -38,7 +38,7 @@ from rwkv_nb.training.trainer import Monitor, train
 ROOT = Path(__file__).resolve().parent.parent
 TARGET, FOLDER = ROOT / "data" / "small.pth", ROOT / "runs" / "small"
 TOKENIZER = CharTokenizer(corpus.ALPHABET)
-TOKENS, CTX_LEN = 5_850_000, 512  # a window holds two stories: what a story says early, it needs later
+TOKENS, CTX_LEN = 8_000_000, 512  # a window holds two stories: what a story says early, it needs later
 STORIES_A_DOCUMENT, DEMO_TIMES = 10, 5  # the demo is short: repeated, it is learnt by heart
 HELD_OUT_SEED = 1  # of stories; the corpus itself is made with seed 0
 PROMPTS = ("Once there was", "Return ", "User: What is a token?\n\nAssistant:")
@@ -129,8 +129,8 @@ without their sense. Made by `python scripts/make_small_checkpoint.py`, which al
 {sum(p.numel() for p in model.parameters()):,} parameters |
 | file | {size:,} bytes, bfloat16, official names; SHA-256 `{hashlib.sha256(path.read_bytes()).hexdigest()}` |
 | tokenizer | characters, `vocab.json` beside it: {TOKENIZER.name}; three empty lines end a document |
-| training | {spent["tokens"]:,} characters in {spent["seconds"]:.0f} s on {threads} of a processor that had other \
-work too, float32, windows of {CTX_LEN}, seed 0, torch {torch.__version__.split("+")[0]} |
+| training | {spent["tokens"]:,} characters in {spent["seconds"]:.0f} s on {threads}, float32, windows of \
+{CTX_LEN}, seed 0, torch {torch.__version__.split("+")[0]} |
 | licence | Apache-2.0, as the repository; what it learnt from has the licences below |
 
 | text | what it is, its licence | characters to learn from | held out: bits a character of a bigram | of this model |

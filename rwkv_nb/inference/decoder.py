@@ -79,7 +79,7 @@ class _Product(ctypes.Structure):
     """`struct Product`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "storage", "pairs", "threads")),
+        *((name, ctypes.c_int64) for name in ("n", "storage", "pairs", "narrow", "threads")),
         *_fields("parallel", "team"),
         ("matrix", _Matrix),
         *_fields("x", "y"),
@@ -100,15 +100,15 @@ def _library() -> ctypes.CDLL:
 
 
 def product(packed: Packed, x: Tensor, y: Tensor) -> None:
-    """x (n, packed.width) times the matrix, turned, into y (n, rows) float32. Raises MemoryError.
+    """x (n, packed.width) times the matrix, turned, into y (n, rows), both float32 or bfloat16. Raises MemoryError.
 
     If x is bfloat16, the matrix is rounded to it too; sums are float32 either way.
     """
     parallel, team = openmp()
     call = _Product(
         n=len(x), storage=FORMATS[packed.numbers.dtype], pairs=x.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(), parallel=parallel, team=team, matrix=_matrix(packed),
-        x=x.data_ptr(), y=y.data_ptr(),
+        narrow=y.dtype == torch.bfloat16, threads=torch.get_num_threads(), parallel=parallel, team=team,
+        matrix=_matrix(packed), x=x.data_ptr(), y=y.data_ptr(),
     )  # fmt: skip
     if _library().rwkv5_product(ctypes.byref(call)):
         raise MemoryError(f"Decoder: not enough memory for the scratch of {call.threads} threads; use fewer threads")

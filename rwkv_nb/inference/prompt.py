@@ -18,23 +18,26 @@ from rwkv_nb.model.rwkv import RWKV
 from .packing import Packed
 
 PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WIDE = ("head", "att.output")  # what is read, or added to the residual stream, as it is
 
 
 class PackedLinear(nn.Module):
-    """x (..., columns) -> (..., rows) float32, x rounded to dtype first.
+    """x (..., columns) -> (..., rows) in `out`, x rounded to dtype first.
 
     product(packed, x (n, width), y (n, rows)) computes y; x is contiguous, y overwritten.
     """
 
-    def __init__(self, packed: Packed, dtype: torch.dtype, product: Callable[[Packed, Tensor, Tensor], None]):
+    def __init__(
+        self, packed: Packed, dtype: torch.dtype, out: torch.dtype, product: Callable[[Packed, Tensor, Tensor], None]
+    ):
         super().__init__()
-        self.packed, self.dtype, self.product = packed, dtype, product
+        self.packed, self.dtype, self.out, self.product = packed, dtype, out, product
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype).contiguous()
         if filling := self.packed.width - self.packed.columns:
             rows = F.pad(rows, (0, filling))
-        y = torch.empty(len(rows), self.packed.rows)
+        y = torch.empty(len(rows), self.packed.rows, dtype=self.out)
         self.product(self.packed, rows, y)
         return y.view(*x.shape[:-1], -1)
 
@@ -45,7 +48,9 @@ class PromptReader:
     Args:
         weights: name -> tensor of everything that is not packed, float32 but for the embedding.
         matrices: name (without ".weight") -> packed matrix.
-        products: "float32" or "bfloat16", what matrices are multiplied in. All else is float32.
+        products: "float32" or "bfloat16", what matrices are multiplied in. With bfloat16 what goes into a product and
+            what comes out is rounded to it, as in training with --precision bf16; sums, the residual stream, norms, the
+            state and logits are float32.
         product: see PackedLinear.
     """
 
@@ -63,11 +68,14 @@ class PromptReader:
         self.model = RWKV(config, {**bare, **weights}).eval().requires_grad_(False)
         self.model.emb.register_forward_hook(lambda module, inputs, out: out.float())
         for name, packed in matrices.items():
-            self.model.set_submodule(name, PackedLinear(packed, PRODUCTS[products], product))
+            out = torch.float32 if name.endswith(WIDE) else PRODUCTS[products]
+            self.model.set_submodule(name, PackedLinear(packed, PRODUCTS[products], out, product))
+        self.narrow = torch.autocast("cpu", PRODUCTS[products], enabled=products == "bfloat16", cache_enabled=False)
 
     @torch.no_grad()
     def __call__(
         self, idx: Tensor, state: list[Tensor] | None = None, *, full_output: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
         """As `RWKV.forward`; logits and state in float32."""
-        return self.model(idx, state, full_output=full_output)
+        with self.narrow:
+            return self.model(idx, state, full_output=full_output)

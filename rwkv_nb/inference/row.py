@@ -44,7 +44,7 @@ class Row:
         self.tokenizer, self.args, self.n_tokens, self.stop = tokenizer, args, n_tokens, tuple(stop)
         self.generator = generator
         self.tokens: list[int] = []
-        self.text = ""
+        self._shown: list[str] = []  # pieces; a text that grew in its place would be copied at every token
         self.stopped_by: int | str | None = None
         self.over = n_tokens == 0
         self.state: list[Tensor] | None = None
@@ -52,6 +52,11 @@ class Row:
         self._n_known = max(tokenizer.vocab) + 1  # the World vocabulary leaves a few ids without a text
         self._seen = torch.zeros(vocab_size, dtype=torch.bool)
         self._occ = torch.zeros(vocab_size, dtype=torch.float64)
+
+    @property
+    def text(self) -> str:
+        self._shown = ["".join(self._shown)]
+        return self._shown[0]
 
     def draw(self, logits: Tensor) -> int | None:
         """The next token, from the model's logits (V,); None if it is a stop token: then the row is over."""
@@ -85,7 +90,7 @@ class Row:
         self.over = True
         piece = self._show(self._decoder.finish()) if not isinstance(self.stopped_by, str) else ""
         rest, self._held = (self._held, "") if not isinstance(self.stopped_by, str) else ("", "")
-        self.text += rest
+        self._shown.append(rest)
         return piece + rest
 
     def _show(self, piece: str) -> str:
@@ -97,5 +102,5 @@ class Row:
         else:
             keep = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
             shown, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        self.text += shown
+        self._shown.append(shown)
         return shown

@@ -56,7 +56,7 @@ class TimeMix(nn.Module):
         v = self.value(xv).view(B, T, *self.heads)
         y, wkv_state = wkv5(r, k, v, self.time_decay, self.time_faaaa, wkv_state)  # (B, T, H, N)
         y = fused.normed_gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, self.eps)  # (B, T, A)
-        return self.output(y.to(x.dtype)), x[:, -1].clone(), wkv_state
+        return self.output(y.to(xr.dtype)), x[:, -1].clone(), wkv_state
 
 
 class ChannelMix(nn.Module):

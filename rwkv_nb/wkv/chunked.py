@@ -26,16 +26,17 @@ Source: the equation as in `reference.py`; gradients checked against it in float
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .powers import Powers
+from .powers import Powers, product_
 from .reference import working_dtype, zeros_if_none
 
-CHUNK = 32  # L: the longer, the fewer states to carry and the more work inside
-SLICE = 1 << 19  # numbers of one tensor worked on at a time: stays in the cache, and big temporaries never appear
+CHUNK = 64  # L: the longer, the fewer states to carry and the more work inside
+SLICE = 1 << 18  # numbers of one tensor worked on at a time: stays in the cache, and big temporaries never appear
 
 
 def _slices(w: Tensor, B: int, T: int, chunk: int, dtype: torch.dtype) -> Iterator[tuple[Powers, slice, slice]]:
@@ -52,12 +53,12 @@ def _slices(w: Tensor, B: int, T: int, chunk: int, dtype: torch.dtype) -> Iterat
 def _forward(c: Powers, r: Tensor, k: Tensor, v: Tensor, u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """One slice, inputs from `load`; u (h, N); first (b, h, N, N) -> y and the last state."""
     S = c.states(k * c.k_power, v, first)
-    y = (r * c.r_power) @ S[:, :, :-1]  # what was there before the chunk
-    y.addcmul_((r * k * u[:, None, None]).sum(-1, keepdim=True), v)  # the step itself
+    y = (r * c.r_power) @ S[:-1]  # what was there before the chunk
+    y.addcmul_((r * k * u[:, None]).sum(-1, keepdim=True), v)  # the step itself
     for p in c.inside():
         A = p.only((p.later(r) * p.r_power) @ (p.earlier(k) * p.k_power).transpose(-1, -2))
-        p.later(y).add_(A @ p.earlier(v))
-    return y, S[:, :, -1]
+        product_(p.later(y), A, p.earlier(v), keep=1)
+    return y, S[-1]
 
 
 def _backward(c: Powers, r, k, v, u, first, gy, glast):
@@ -66,17 +67,16 @@ def _backward(c: Powers, r, k, v, u, first, gy, glast):
     S = c.states(kd, v, first)
     # Q[c]: gradient of the state after chunk c; carried from the last chunk to the first.
     Q = torch.empty_like(S)
-    Q[:, :, -1] = glast
-    Q[:, :, :-1] = rd.transpose(-1, -2) @ gy
-    for i in range(S.shape[2] - 2, -1, -1):
-        Q[:, :, i].addcmul_(Q[:, :, i + 1], c.whole)
-    gfirst, Q = Q[:, :, 0], Q[:, :, 1:]
-    S = S[:, :, :-1]
+    Q[-1] = glast
+    product_(Q[:-1], rd.transpose(-1, -2), gy)
+    for after, before in pairwise(reversed(Q.unbind())):
+        before.addcmul_(after, c.whole)
+    gfirst, S, Q = Q[0], S[:-1], Q[1:]
 
     gv = kd @ Q
     gr = (gy @ S.transpose(-1, -2)).mul_(c.r_power)
     gk = (v @ Q.transpose(-1, -2)).mul_(c.k_power)
-    glog = c.L * (c.whole.squeeze(-1) * torch.einsum("bhcji,bhcji->hj", S, Q))
+    glog = c.L * (c.whole.squeeze(-1) * (S * Q).sum((0, 1, 4)))
     glog += _decay_share(c.to_r, r, gr) + _decay_share(c.to_k, k, gk)
 
     for p in c.inside():
@@ -84,7 +84,7 @@ def _backward(c: Powers, r, k, v, u, first, gy, glast):
         rp, kp = rt * p.r_power, ks * p.k_power
         A = p.only(rp @ kp.transpose(-1, -2))
         gA = p.only(gyt @ p.earlier(v).transpose(-1, -2))
-        p.earlier(gv).add_(A.transpose(-1, -2) @ gyt)
+        product_(p.earlier(gv), A.transpose(-1, -2), gyt, keep=1)
         grt = (gA @ kp).mul_(p.r_power)
         gks = (gA.transpose(-1, -2) @ rp).mul_(p.k_power)
         glog += _decay_share(p.r_exponent, rt, grt) + _decay_share(p.k_exponent, ks, gks)
@@ -92,17 +92,18 @@ def _backward(c: Powers, r, k, v, u, first, gy, glast):
         p.earlier(gk).add_(gks)
 
     gdiag = (gy * v).sum(-1, keepdim=True)  # gradient of r_t . u k_t
-    gv.addcmul_((r * k * u[:, None, None]).sum(-1, keepdim=True), gy)
-    gu = (r * k * gdiag).sum((0, 2, 3))
-    gdiag = gdiag * u[:, None, None]
+    rk = r * k
+    gv.addcmul_((rk * u[:, None]).sum(-1, keepdim=True), gy)
+    gu = rk.mul_(gdiag).sum((0, 1, 3))
+    gdiag = gdiag * u[:, None]
     gr.addcmul_(gdiag, k)
     gk.addcmul_(gdiag, r)
     return gr, gk, gv, glog, gu, gfirst
 
 
 def _decay_share(exponents: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """sum of n x g over batch, blocks and steps: (b, h, X, L, N) -> (h, N)."""
-    return ((x * g).sum((0, 2)) * exponents).sum(1)
+    """sum of n x g over all but (h, N): of (C, b, h, L, N), or of groups of pairs (C, b, h, groups, L, N)."""
+    return ((x * g).sum((0, 1, 3) if x.dim() == 6 else (0, 1)) * exponents).sum(1)
 
 
 def parts(T: int, chunk: int = CHUNK) -> list[tuple[int, int, int]]:

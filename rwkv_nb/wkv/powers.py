@@ -10,6 +10,7 @@ What it is not: anything about r, k or v, but for the views of them that a group
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,21 +30,21 @@ class Pairs(NamedTuple):
     k_power: Tensor
 
     def later(self, x: Tensor) -> Tensor:
-        """The steps t of x (b, H, C, L, N), as a view (b, H, groups, h, N)."""
-        return self._view(x)[:, :, :, 1] if self.halves else self._view(x)
+        """The steps t of x (C, b, H, L, N), as a view (C, b, H, groups, h, N)."""
+        return self._view(x)[:, :, :, :, 1] if self.halves else self._view(x)
 
     def earlier(self, x: Tensor) -> Tensor:
         """The steps s."""
-        return self._view(x)[:, :, :, 0] if self.halves else self._view(x)
+        return self._view(x)[:, :, :, :, 0] if self.halves else self._view(x)
 
     def only(self, A: Tensor) -> Tensor:
         """Keep s < t alone in A[t, s]; between halves that is everything."""
         return A if self.halves else A.tril_(-1)
 
     def _view(self, x: Tensor) -> Tensor:
-        b, H, C, L, N = x.shape
-        split = (C * L // (2 * self.h), 2, self.h) if self.halves else (C * L // self.h, self.h)
-        return x.view(b, H, *split, N)
+        C, b, H, L, N = x.shape
+        split = (L // (2 * self.h), 2, self.h) if self.halves else (L // self.h, self.h)
+        return x.view(C, b, H, *split, N)
 
 
 class Powers:
@@ -65,36 +66,49 @@ class Powers:
         self.block_k, self.block_k_power = self.powers(-1 - middle)
 
     def powers(self, n: Tensor) -> tuple[Tensor, Tensor]:
-        """Exponents n (L,) -> n as (L, 1) and P(n) as (H, 1, L, N), computed in float64."""
+        """Exponents n (L,) -> n as (L, 1) and P(n) as (H, L, N), computed in float64."""
         n = n.to(self.log_d.dtype).unsqueeze(-1)
-        return n.to(self.dtype), torch.exp(n * self.log_d.unsqueeze(1)).to(self.dtype).unsqueeze(1)
+        return n.to(self.dtype), torch.exp(n * self.log_d.unsqueeze(1)).to(self.dtype)
 
     def inside(self) -> Iterator[Pairs]:
         """All pairs s < t of a chunk, each once."""
         h = self.L // 2
         while h >= self.block:
             tail = slice(self.L - h, None)
-            yield Pairs(h, True, self.to_r[:h], self.r_power[:, :, :h], self.to_k[tail], self.k_power[:, :, tail])
+            left, right = self.k_power[:, None, tail], self.r_power[:, None, :h]  # (H, 1, h, N)
+            yield Pairs(h, True, self.to_r[:h], right, self.to_k[tail], left)
             h //= 2
         if self.block > 1:
-            yield Pairs(self.block, False, self.block_r, self.block_r_power, self.block_k, self.block_k_power)
+            r_power, k_power = self.block_r_power[:, None], self.block_k_power[:, None]
+            yield Pairs(self.block, False, self.block_r, r_power, self.block_k, k_power)
 
     def load(self, x: Tensor) -> Tensor:
-        """(b, T, h, N) -> contiguous (b, h, C, L, N) in the working dtype."""
+        """(b, T, h, N) -> contiguous (C, b, h, L, N) in the working dtype: chunks come one after the other, so that
+        all of them, or all but one at an end, are one batch of matrices."""
         b, T, h, N = x.shape
-        view = x.reshape(b, T // self.L, self.L, h, N).permute(0, 3, 1, 2, 4)
+        view = x.reshape(b, T // self.L, self.L, h, N).permute(1, 0, 3, 2, 4)
         return view.to(self.dtype, memory_format=torch.contiguous_format).contiguous()
 
     def store(self, into: Tensor, x: Tensor) -> None:
-        """The way back: (b, h, C, L, N) into a slice (b, T, h, N) of the result."""
-        into.unflatten(1, (-1, self.L)).copy_(x.permute(0, 2, 3, 1, 4))
+        """The way back: (C, b, h, L, N) into a slice (b, T, h, N) of the result."""
+        into.unflatten(1, (-1, self.L)).copy_(x.permute(1, 0, 3, 2, 4))
 
     def states(self, kd: Tensor, v: Tensor, first: Tensor) -> Tensor:
-        """The state at the start of each chunk and after the last: (b, h, C+1, N, N)."""
-        b, h, C, L, N = v.shape
-        S = v.new_empty(b, h, C + 1, N, N)
-        S[:, :, 0] = first
-        S[:, :, 1:] = kd.transpose(-1, -2) @ v
-        for c in range(C):
-            S[:, :, c + 1].addcmul_(S[:, :, c], self.whole)
+        """The state at the start of each chunk and after the last: (C+1, b, h, N, N)."""
+        C, b, h, _, N = v.shape
+        S = v.new_empty(C + 1, b, h, N, N)
+        S[0] = first
+        product_(S[1:], kd.transpose(-1, -2), v)
+        for before, after in pairwise(S.unbind()):
+            after.addcmul_(before, self.whole)
         return S
+
+
+def product_(out: Tensor, a: Tensor, b: Tensor, keep: float = 0.0) -> None:
+    """out = keep out + a b, for batches of matrices (..., n, m), (..., m, p), (..., n, p)."""
+    if out.is_contiguous():
+        out.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3), beta=keep)
+    elif keep:
+        out.add_(a @ b)
+    else:
+        out.copy_(a @ b)

@@ -9,10 +9,16 @@ import pytest
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
-def left(panel) -> list[int]:
-    """How many tokens are left after each step, as the table says."""
-    row = panel.locator("tr", has=panel.page.get_by_role("rowheader", name="tokens left", exact=True))
-    return [int(text) for text in row.locator("td").all_inner_texts()]
+# Read as the page holds it, not as it is laid out: a cell that JupyterLab has just scrolled in has no innerText yet.
+LEFT = """panel => [...panel.querySelectorAll('tr')]
+    .filter(row => row.querySelector('th')?.textContent.trim() === 'tokens left')
+    .flatMap(row => [...row.querySelectorAll('td')].map(cell => parseInt(cell.textContent)))"""
+
+
+def left_when(page, panel, condition: str) -> list[int]:
+    """How many tokens are left after each step, as soon as the table says something for which `condition` holds."""
+    wait = f"panel => {{ const left = ({LEFT})(panel); return left.length === 5 && ({condition}) && left; }}"
+    return page.wait_for_function(wait, arg=panel.element_handle()).json_value()
 
 
 def test_the_chances_follow_the_knobs_and_a_text_is_written_and_stopped(run_notebook, screenshot):
@@ -31,19 +37,20 @@ def test_the_chances_follow_the_knobs_and_a_text_is_written_and_stopped(run_note
         changed = "([t, b]) => !t.isConnected || t.innerHTML !== b"
         page.wait_for_function(changed, arg=[chances.element_handle(), before])
 
-    start = left(panel)
-    assert start[0] == start[1] == 96 and 1 < start[2] == start[3] == start[4] < 20  # top_p 0.85 cuts, no other knob
+    start = left_when(page, panel, "left[0] === 96")
+    assert start[1] == 96 and 1 < start[2] == start[3] == start[4] < 20  # top_p 0.85 cuts, no other knob
     screenshot(page, "08 chances at the start")
     enter("top_p", "0.4")
-    assert 1 <= left(panel)[2] < start[2]
+    left_when(page, panel, f"left[2] >= 1 && left[2] < {start[2]}")
     enter("top_p", "1")
-    assert left(panel) == [96] * 5
+    left_when(page, panel, "left.every(n => n === 96)")
     likeliest = chances.locator("tr").nth(1).locator("td").last
-    hot = likeliest.inner_text()
+    hot = likeliest.text_content()
     enter("temperature", "0.2")
-    assert float(likeliest.inner_text().split()[0]) > float(hot.split()[0])
+    assert float(likeliest.text_content().split()[0]) > float(hot.split()[0])
     enter("temperature", "0")
-    assert left(panel)[-1] == 1 and likeliest.inner_text() == "100.0 %"
+    left_when(page, panel, "left[4] === 1")
+    assert likeliest.text_content().strip() == "100.0 %"
     slider = panel.get_by_role("slider").first  # the temperature's: it follows the box, and the box follows it
     slider.focus()
     page.keyboard.press("ArrowRight")
@@ -70,7 +77,7 @@ def test_the_chances_follow_the_knobs_and_a_text_is_written_and_stopped(run_note
     screenshot(page, "08 while it writes")
     press(page, panel, "Stop")
     status.filter(has_text="cancelled: ").wait_for()
-    count = int(re.search(r"cancelled: ([\d,]+) tokens", status.inner_text())[1].replace(",", ""))
+    count = int(re.search(r"cancelled: ([\d,]+) tokens", status.text_content())[1].replace(",", ""))
     assert 0 < count < 90_000
     panel.get_by_text("top_p 1, seed 1").wait_for()
     panel.get_by_role("button", name="Generate").scroll_into_view_if_needed()

@@ -24,14 +24,14 @@ def test_the_state_follows_the_letter_and_the_text(run_notebook, screenshot):
     enter(box, "14")
     panel.get_by_text("guess: “e”, right").wait_for()  # "the rat ate th": after h came e
     page.wait_for_function("([i, s]) => i.src !== s", arg=[picture.element_handle(), before])
-    assert panel.locator("mark").inner_text() == "h"
+    assert panel.locator("mark").text_content() == "h"
     before = picture.get_attribute("src")
     enter(panel.get_by_label("half-life", exact=False).first, "3")
     page.wait_for_function("([i, s]) => i.src !== s", arg=[picture.element_handle(), before])
     panel.scroll_into_view_if_needed()
     screenshot(page, "04 state after 14 letters")
     enter(panel.get_by_label("Text").first, "<b>bold")
-    page.wait_for_function("p => p.innerText.includes('<b>bold')", arg=panel.element_handle())  # shown, not obeyed
+    page.wait_for_function("p => p.textContent.includes('<b>bold')", arg=panel.element_handle())  # shown, not obeyed
     panel.get_by_text("the text ends here").wait_for()
     page.wait_for_function("b => b.value === '7'", arg=box.element_handle())
     screenshot(page, "04 state of a typed text")

@@ -16,8 +16,8 @@ def test_tokens_follow_what_is_typed(run_notebook, screenshot):
     page.keyboard.type("Hello <b>")
     panel = page.locator(".widget-vbox").filter(has=box).first
     panel.get_by_text("9 characters, 9 bytes, 4 tokens").wait_for()  # the last key has arrived
-    assert "33155" in panel.inner_text()  # "Hello" is token 33155 of the World vocabulary
-    assert "␣<" in panel.inner_text()  # "<b>" is shown, not obeyed as HTML
+    assert "33155" in panel.text_content()  # "Hello" is token 33155 of the World vocabulary
+    assert "␣<" in panel.text_content()  # "<b>" is shown, not obeyed as HTML
     screenshot(page, "01 tokens of typed text")
 
 
@@ -26,11 +26,11 @@ def test_the_walk_follows_the_numbers(run_notebook, screenshot):
     box = page.get_by_label("ctx_len", exact=False).first
     box.scroll_into_view_if_needed()
     panel = page.locator(".widget-vbox").filter(has=box).first
-    before, picture = panel.inner_text(), panel.locator("img").first.get_attribute("src")
+    before, picture = panel.text_content(), panel.locator("img").first.get_attribute("src")
     box.focus()
     page.keyboard.press("Control+a")
     page.keyboard.type("256")
     page.keyboard.press("Tab")
-    page.wait_for_function("([p, t]) => p.innerText !== t", arg=[panel.element_handle(), before])
+    page.wait_for_function("([p, t]) => p.textContent !== t", arg=[panel.element_handle(), before])
     page.wait_for_function("([i, s]) => i.src !== s", arg=[panel.locator("img").first.element_handle(), picture])
     screenshot(page, "03 walk after a changed ctx_len")

@@ -12,10 +12,10 @@ import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
 
-from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.teaching import plots
 from rwkv_nb.teaching.widgets import Panel, number_and_slider
 from rwkv_nb.training import planner
+from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.planner import GB, GPUS, SIZES, Memory, Plan
 
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3",
@@ -86,10 +86,11 @@ def memory_figure(bars: dict[str, Memory], limits: Sequence[float] = (), width: 
 def plan_of(size: str, gpu: str, devices: int, strategy: str, micro_bsz: int, ctx_len: int, grad_cp: bool,
             tokens: float, utilisation: float, scaling: float, price: float) -> Plan:  # fmt: skip
     """The planner's answer for a model by its name in SIZES and a GPU by its name in GPUS."""
-    config: ModelConfig = planner.model_of(size, ctx_len)
-    needed = planner.memory(config, micro_bsz, ctx_len, strategy, devices, "bf16", grad_cp)
-    speed = planner.tokens_per_second(config, GPUS[gpu], devices, utilisation, scaling, grad_cp)
-    return Plan(needed, GPUS[gpu], devices, speed, tokens, price)
+    model = planner.model_of(size, ctx_len)
+    cfg = TrainConfig(n_layer=model.n_layer, n_embd=model.n_embd, vocab_size=model.vocab_size, ctx_len=ctx_len,
+                      micro_bsz=micro_bsz, devices=devices, strategy=strategy, precision="bf16",
+                      grad_cp=int(grad_cp))  # fmt: skip
+    return planner.plan_run(cfg, GPUS[gpu], tokens, utilisation, scaling, price)
 
 
 def plan_html(plan: Plan) -> str:
