@@ -33,7 +33,8 @@ SETUP = """import importlib.util
 if importlib.util.find_spec("rwkv_nb") is None:  # on Colab: fetch and install the course; elsewhere nothing happens
     !git clone -q --depth 1 {address} course
     %pip install -q ./course
-    %cd -q course/notebooks"""
+    %cd -q course/notebooks
+    !cd .. && python -m rwkv_nb build_data"""
 
 
 def repository() -> str | None:
@@ -135,7 +136,9 @@ def main(arguments: list[str]) -> int:
         if framed != text:
             changed.append(path.name)
             if not check:
-                path.write_text(framed, encoding="utf-8")
+                part = path.with_name(f".{path.name}.part")
+                part.write_text(framed, encoding="utf-8")
+                part.replace(path)
     for name in changed:
         print(f"{name}: {'differs' if check else 'written'}")
     return 1 if check and changed else 0

@@ -59,7 +59,7 @@ def refresh(path: Path) -> float:
     """Execute one notebook and replace it; returns the seconds it took. Raises CellExecutionError, file untouched."""
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", store_widget_state=False,
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", store_widget_state=False,
                             extra_arguments=["--IPKernelApp.log_level=40"],  # no advice on transports
                             resources={"metadata": {"path": str(path.parent)}})
     client.execute()

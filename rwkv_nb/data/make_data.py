@@ -103,7 +103,7 @@ def make_data(jsonl: str | os.PathLike, out_prefix: str | os.PathLike, n_epoch: 
     items = len(sizes) * n_epoch
     dtype, first, last = _verify(prefix, items, tokens, checksum, tokenizer)
     return MakeDataReport(path, prefix, n_epoch, seed, len(sizes), items, tokens, dtype, bad, tuple(problems),
-                          first, last, explain(tokens, ctx_len))
+                          first, last, tokenizer.vocab_size, explain(tokens, ctx_len))
 
 
 def _at_least_one(name: str, value: int) -> int:

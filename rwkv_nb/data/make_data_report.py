@@ -32,6 +32,7 @@ class MakeDataReport:
     problems: tuple[str, ...]  # the first few of them
     first: str  # previews of the first and the last item
     last: str
+    vocab_size: int  # of the tokenizer
     magic: MagicPrime  # prime, ratio, mini-epochs, and whether official trainers take them
 
     @property
@@ -42,7 +43,7 @@ class MakeDataReport:
     @property
     def flags(self) -> str:
         """To paste after `train`; empty without a prime."""
-        data = f"--data_file {shlex.quote(self.prefix)} --data_type binidx --vocab_size 65536"
+        data = f"--data_file {shlex.quote(self.prefix)} --data_type binidx --vocab_size {self.vocab_size}"
         return f"{self.magic.flags} {data}" if self.magic.flags else ""
 
     def __str__(self) -> str:

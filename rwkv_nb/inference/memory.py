@@ -5,8 +5,8 @@
     needed.weights["cuda"], needed.state["cuda"], needed.streamed, needed.layers
     needed.lacking(machine), needed.tokens_per_second(machine)
 
-Every number of a token's work reads every weight once (but one row of the embedding), so a device cannot be faster than
-its memory: seconds a token = bytes read / bandwidth, summed over the devices, plus what is streamed over the bus.
+Each token reads every weight once (but one row of the embedding), so a device cannot be faster than its memory:
+seconds a token = bytes read / bandwidth, summed over the devices, plus what is streamed over the bus.
 
 8-bit matrices cost the package more time than their bytes say, because it unpacks them at each step (UNPACKING). Our
 own decoder on a processor multiplies them as they are (OURS); its scales make them a sixteenth larger.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rwkv_nb.model.config import ModelConfig
@@ -174,9 +174,10 @@ def _state_bytes(plan: Plan, config: ModelConfig) -> dict[str, int]:
 
 
 def best_strategy(
-    config: ModelConfig, machine: dict[str, Device], slowness: Mapping[str, float] = UNPACKING
-) -> MemoryPlan | None:
-    """The quickest strategy that fits, by the bandwidth limit; None if nothing fits.
+    config: ModelConfig, machine: dict[str, Device], slowness: Mapping[str, float] = UNPACKING,
+    can: Callable[[Plan], bool] = lambda plan: True,
+) -> MemoryPlan | None:  # fmt: skip
+    """The quickest strategy that fits, by the bandwidth limit, of those that `can` allows; None if nothing fits.
 
     Tried: each device alone in each format; as many layers on a card as it holds, the others on the next cards and the
     processor, or streamed. Of equally quick ones bf16 comes first: it is what files hold. slowness: see memory_plan.
@@ -189,8 +190,9 @@ def best_strategy(
             texts += [_filled([card], format, rest, config, machine) for rest in (" -> cpu fp32", " -> cpu bf16", "+")]
         if len(cards) > 1:
             texts += [_filled(cards, format, rest, config, machine) for rest in ("", " -> cpu fp32", " -> cpu bf16")]
-    plans = (memory_plan(parse_strategy(text, config.n_layer), config, slowness) for text in texts if text)
-    fitting = [p for p in plans if not p.lacking(machine)]
+    plans = (parse_strategy(text, config.n_layer) for text in texts if text)
+    needed = (memory_plan(plan, config, slowness) for plan in plans if can(plan))
+    fitting = [p for p in needed if not p.lacking(machine)]
     return min(fitting, key=lambda p: p.seconds_per_token(machine), default=None)
 
 

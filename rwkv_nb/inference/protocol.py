@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_nb.model.config import ModelConfig
 
@@ -17,7 +17,8 @@ class Engine(Protocol):
 
     config: ModelConfig
     training: bool
+    emb: nn.Embedding | Tensor  # its `weight.device` is where idx belongs
 
     def __call__(
-        self, idx: Tensor, state: list[Tensor] | None = None, full_output: bool = True
+        self, idx: Tensor, state: list[Tensor] | None = None, *, full_output: bool = True
     ) -> tuple[Tensor, list[Tensor]]: ...

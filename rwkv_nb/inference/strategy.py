@@ -77,13 +77,6 @@ class Plan:
         """The devices in use, in order of first use."""
         return tuple(dict.fromkeys(place.device for place in self.places))
 
-    @property
-    def plain(self) -> bool:
-        """One device, one format, nothing in 8 bits, nothing streamed: what our own model can do."""
-        return len({(p.device, p.dtype) for p in self.places}) == 1 and not any(
-            p.eight_bit or p.streamed for p in self.places
-        )
-
 
 def parse_strategy(text: str, n_layer: int) -> Plan:
     """Read a strategy and deal the places out.

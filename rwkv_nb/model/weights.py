@@ -15,9 +15,11 @@ from .config import ModelConfig
 from .initialization import is_mask, parameter_shapes
 from .reading import CODE, DAMAGE, read_torch_file
 
+PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")  # of DeepSpeed, torch.compile, DDP, Lightning
+
 
 def load_weights(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Tensor]:
-    """Read a `.pth` file on the CPU without running any code in it; prefixes of DeepSpeed are removed.
+    """Read a `.pth` file on the CPU without running any code in it; prefixes of wrappers are removed.
 
     mmap: bytes are read when they are used, and need no memory of their own; the file must stay as it is meanwhile.
     Files older than torch 1.6 are read whole all the same.
@@ -38,7 +40,18 @@ def load_weights(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Te
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     if not named or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: holds no dictionary of named tensors; give the .pth of the weights alone")
-    return {key.removeprefix("_forward_module."): x for key, x in weights.items()}
+    return {strip_prefix(key): x for key, x in weights.items()}
+
+
+def strip_prefix(name: str) -> str:
+    """The official name of a parameter: without what wrappers put in front."""
+    while True:
+        for prefix in PREFIXES:
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                break
+        else:
+            return name
 
 
 def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:

@@ -155,7 +155,7 @@ def check_machine(folder: Path) -> Iterator[Finding]:
             "write permission", "fail", f"{error.strerror} here", "start the course from a folder of your own"
         )
     else:
-        yield Finding("write permission", "ok", "runs/ and data/ can be written")
+        yield Finding("write permission", "ok", "this folder can be written to")
 
 
 def check_jupyter() -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rwkv_nb.model.weights import strip_prefix
 from rwkv_nb.training.files import CheckpointError, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
 INIT_EPOCH = -1
-_PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")  # of DeepSpeed, torch.compile, DDP, Lightning
 
 
 def save_checkpoint(
@@ -61,17 +61,6 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         what = f"{foreign[0]!r} is no tensor" if foreign else "it is empty"
         raise CheckpointError(f"{path}: {what}; save the model's state_dict alone, not a trainer's checkpoint")
     return {strip_prefix(str(name)): tensor for name, tensor in loaded.items()}
-
-
-def strip_prefix(name: str) -> str:
-    """The official name of a parameter: without what wrappers put in front."""
-    while True:
-        for prefix in _PREFIXES:
-            if name.startswith(prefix):
-                name = name.removeprefix(prefix)
-                break
-        else:
-            return name
 
 
 def list_checkpoints(proj_dir: str | os.PathLike) -> list[tuple[int, Path]]:

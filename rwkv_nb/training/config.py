@@ -115,7 +115,7 @@ class TrainConfig:
     layerwise_lr: int = _flag(1, "optimizer", "1: time_decay learns 2 times as fast (5 times in stage 2)")
     my_pile_edecay: int = _flag(0, "optimizer", "so many mini-epochs before lr begins to decay")
 
-    accelerator: str = _flag("gpu", "machine", "cpu, gpu or auto")
+    accelerator: str = _flag("gpu", "machine", "gpu (or cuda), mps, cpu or auto")
     devices: int = _flag(1, "machine", "devices in each node")
     num_nodes: int = _flag(1, "machine", "machines")
     strategy: str = _flag("auto", "machine", "Lightning's strategy: auto, ddp, deepspeed_stage_2, …")

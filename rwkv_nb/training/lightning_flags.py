@@ -23,8 +23,9 @@ REFUSED = {
     # the end of a run, and shorter runs
     "max_steps": _NO_LIMIT, "min_steps": _NO_LIMIT, "min_epochs": _NO_LIMIT, "max_time": _NO_LIMIT,
     "fast_dev_run": _NO_PARTS, "overfit_batches": _NO_PARTS, "limit_train_batches": _NO_PARTS,
-    "limit_val_batches": _NO_VALIDATION, "limit_test_batches": _NO_VALIDATION, "limit_predict_batches": _NO_VALIDATION,
-    "val_check_interval": _NO_VALIDATION,
+    "limit_val_batches": "use --val_split to hold less data out", "limit_test_batches": _NO_VALIDATION,
+    "limit_predict_batches": _NO_VALIDATION,
+    "val_check_interval": "use --val_every, in steps",
     # devices
     "gpus": _GONE, "tpu_cores": _GONE, "ipus": _GONE, "num_processes": _GONE, "auto_select_gpus": _GONE,
     "amp_backend": "Lightning 2 has no such flag; use --precision",

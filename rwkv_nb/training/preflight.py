@@ -11,6 +11,7 @@ import ctypes
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -201,6 +202,9 @@ def _devices(cfg: TrainConfig, found: Findings) -> None:
                               "auto to take what there is")
     elif cfg.accelerator in ("gpu", "cuda") and gpus is not None and cfg.devices > gpus:
         found.problems.append(f"devices={cfg.devices}: {gpus} GPU(s) visible here; use at most so many")
+    if cfg.accelerator == "mps" and (sys.platform, platform.machine()) != ("darwin", "arm64"):
+        found.problems.append("accelerator='mps': that is the GPU of an Apple processor, and here is none; use "
+                              "--accelerator cpu, or auto to take what there is")
     if not cfg.strategy.startswith("deepspeed"):
         return
     on_cpu = cfg.accelerator == "cpu" or (cfg.accelerator == "auto" and gpus == 0)

@@ -1,6 +1,7 @@
 """The WKV-5 operator (notebooks 04 and 05): one function, several ways to compute it, the same numbers.
 
-`wkv5` is the only name that the rest of the package uses. Ways to compute it ("backends"):
+`wkv5` is how the rest of the package computes it; other C++ of the package is compiled by `build.py` too, and notebook
+05 looks into `emulated`. Ways to compute it ("backends"):
 
     reference   the equation as a loop                              any device
     chunked     the same as matrix products, in plain PyTorch       any device
@@ -113,7 +114,7 @@ def _can(backend: str, r: Tensor) -> None:
         raise ValueError(f"wkv5: unknown backend {backend!r}; choose from auto, {', '.join(BACKENDS)}")
     if backend in PLAIN:
         return
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = BACKENDS[backend].DEVICE
     if r.device.type != device:
         raise ValueError(f"wkv5: r is on {r.device}; expected a {device} tensor for backend {backend!r}")
     if r.dtype == torch.float64:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import build
 
+DEVICE = "cpu"  # of the tensors that it takes
 SOURCE = "wkv5_cpu.cpp"
 HEAD_SIZE = 64  # the one with a build of its own
 KEEP_EVERY = 256  # steps from one state that forward keeps for backward to the next

@@ -17,8 +17,9 @@ from torch import Tensor
 from . import build, launching
 from .launching import DTYPES, HEAD_SIZES, saved_shape, supports
 
-__all__ = ["HEAD_SIZES", "backward", "forward", "prepare", "saved_shape", "supports", "why_not"]
+__all__ = ["DEVICE", "HEAD_SIZES", "backward", "forward", "prepare", "saved_shape", "supports", "why_not"]
 
+DEVICE = "cuda"  # of the tensors that it takes
 OLDEST = (7, 5)  # the oldest architecture that today's nvcc compiles for
 TENSOR_CORES = (8, 0)  # the oldest with products of tf32 numbers
 ALIGNED = 16  # bytes: the chunked kernels read several neighbours at once

@@ -25,8 +25,11 @@ from . import build, emulator, launching
 from .emulator import Launch, Report
 from .launching import DTYPES, HEAD_SIZES, saved_shape, supports
 
-__all__ = ["HEAD_SIZES", "backward", "forward", "pieces", "read_source", "run", "saved_shape", "supports", "why_not"]
+__all__ = [
+    "DEVICE", "HEAD_SIZES", "backward", "forward", "pieces", "read_source", "run", "saved_shape", "supports", "why_not",
+]  # fmt: skip
 
+DEVICE = "cpu"  # of the tensors that it takes
 SOURCE = "wkv5_cuda.cu"
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 _failure: list[str] = []

@@ -18,6 +18,7 @@ from rwkv_nb.data import jsonl
 from rwkv_nb.data import make_data as module
 from rwkv_nb.data.binidx import MMapIndexedDataset
 from rwkv_nb.data.make_data import JsonlError, epoch_order, preview
+from rwkv_nb.data.tokenizer import WorldTokenizer
 
 
 @pytest.mark.parametrize(("n_epoch", "seed"), [(1, 0), (3, 7), (4, 123456789)])
@@ -211,6 +212,9 @@ def test_report_says_what_the_trainers_will_say(tmp_path):
     assert f"December 2023 (ratio over 0.99) {verdict_2023} it, today's (over 0.9) accepts it" in text
     assert text.endswith(f"--my_exit_tokens {report.tokens} --magic_prime {report.prime} --ctx_len 16 "
                          f"--data_file '{tmp_path}/my data' --data_type binidx --vocab_size 65536")
+    other = WorldTokenizer()
+    other.vocab_size = 65536 + 64
+    assert make_data(source, tmp_path / "other", 3, 16, 1, tokenizer=other).flags.endswith("--vocab_size 65600")
     small = make_data(source, tmp_path / "out", 1, 10**6, 1)
     assert small.prime is None and small.flags == "" and "no magic_prime for ctx_len 1000000: " in str(small)
 

@@ -22,6 +22,7 @@ WORKER = Path(__file__).with_name("worker.py")
 DEEPSPEED = [f"deepspeed_stage_{stage}{more}" for stage in (1, 2, 3) for more in ("", "_offload")]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: fsdp and DeepSpeed need one"),
 ]
 

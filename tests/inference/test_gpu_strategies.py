@@ -18,7 +18,10 @@ from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import init_weights
 from rwkv_nb.model.rwkv import RWKV
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: needs one, and a torch that sees it")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: needs one, and a torch that sees it"),
+]
 os.environ.setdefault("RWKV_JIT_ON", "0")
 CONFIG = ModelConfig(8, 128, 200)
 SPLIT = ["cuda fp16i8 *3 -> cpu fp32", "cuda fp16 *2+", "cuda fp16i8 *0+ -> cpu fp32 *1", "cuda bf16 *4 -> cuda fp16"]

@@ -97,6 +97,7 @@ def test_always_probabilities_that_keep_the_order(values, temperature, top_p, to
     assert not (p[order].diff() > 1e-12).any() and p[order[0]] > 0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_as_on_the_processor():
     x = torch.stack([logits(seed=s) for s in range(4)])

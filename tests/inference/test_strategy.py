@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from rwkv_nb.inference.engine import ours_can
 from rwkv_nb.inference.memory import OURS, Device, best_strategy, memory_plan
 from rwkv_nb.inference.strategy import FORMATS, StrategyError, parse_strategy
 from rwkv_nb.model.config import ModelConfig
@@ -76,8 +77,8 @@ def test_the_example_of_the_packages_page():
     assert [p.device for p in plan.places] == ["cuda"] * 10 + ["cuda:1"] * 8 + ["cpu"] * 15
     assert [p.dtype for p in plan.places] == ["float16"] * 18 + ["float32"] * 15
     assert [p.eight_bit for p in plan.places] == [True] * 10 + [False] * 23
-    assert plan.devices == ("cuda", "cuda:1", "cpu") and plan.notes == () and not plan.plain
-    assert parse_strategy(" cpu   fp32 ", 3).text == "cpu fp32" and parse_strategy("cpu fp32", 3).plain
+    assert plan.devices == ("cuda", "cuda:1", "cpu") and plan.notes == ()
+    assert parse_strategy(" cpu   fp32 ", 3).text == "cpu fp32"
 
 
 def test_streaming_keeps_what_is_named_and_streams_what_is_left():
@@ -227,6 +228,12 @@ def test_two_cards_share_what_one_cannot_hold():
     found = best_strategy(EAGLE, smaller)
     assert found.plan.devices == ("cuda:0", "cuda:1", "cpu") or found.plan.text.startswith("cuda:0 fp16i8")
     assert not found.lacking(smaller)
+
+
+def test_the_best_strategy_that_an_engine_can():
+    machine = {"cpu": Device(32 * GIB, 40e9), "cuda": Device(8 * GIB, 900e9)}
+    assert not ours_can(best_strategy(EAGLE, machine).plan)
+    assert best_strategy(EAGLE, machine, OURS, ours_can).plan.text == "cpu fp32i8"
 
 
 def test_our_decoder_reads_8_bits_as_they_are():

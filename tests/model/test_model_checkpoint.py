@@ -30,8 +30,9 @@ def test_every_size_is_read_from_the_file(tmp_path, weights):
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
 
 
-def test_deepspeed_prefix_and_dtype(tmp_path, weights):
-    path = saved(tmp_path, {"_forward_module." + k: x.bfloat16() for k, x in weights.items()})
+@pytest.mark.parametrize("prefix", ["_forward_module.", "_orig_mod.", "module.model."])
+def test_prefixes_of_wrappers_and_dtype(tmp_path, weights, prefix):
+    path = saved(tmp_path, {prefix + k: x.bfloat16() for k, x in weights.items()})
     assert RWKV.from_checkpoint(path).emb.weight.dtype == torch.float32
     model = RWKV.from_checkpoint(path, dtype=None)
     assert model.emb.weight.dtype == torch.bfloat16

@@ -243,7 +243,8 @@ def test_every_flag_is_read_somewhere_or_says_that_it_does_nothing(flag):
     files = [path for room in rooms for path in room.glob("*.py") if path.name not in checks]
     config = (ROOT / "rwkv_nb/training/config.py").read_text(encoding="utf-8")
     derived = config[config.index("def __post_init__"):]
-    readers = [path.name for path in files if re.search(rf"\.{flag}\b", path.read_text(encoding="utf-8"))]
+    reader = re.compile(rf"\b(cfg|c|config|flags)\.{flag}\b")
+    readers = [path.name for path in files if reader.search(path.read_text(encoding="utf-8"))]
     readers += ["config.py"] * bool(re.search(rf"self\.{flag}\b", derived))
     if flag in WITHOUT_EFFECT:
         assert readers == [] and "does nothing" in cli.FIELDS[flag].metadata["help"]

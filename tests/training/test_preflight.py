@@ -41,6 +41,7 @@ def test_a_good_run_has_no_problems(base):
         ({"load_model": "no.pth"}, "--load_model no.pth: no such file"),
         ({"proj_dir": "text.bin/run"}, "text.bin is a file"),
         ({"accelerator": "gpu"}, "--accelerator gpu: no GPU is visible here; use --accelerator cpu"),
+        ({"accelerator": "mps"}, "--accelerator mps: that is the GPU of an Apple processor, and here is none"),
         ({"strategy": "deepspeed_stage_2", "devices": 2}, "--strategy deepspeed_stage_2: needs GPUs"),
         ({"wandb": "eagle"}, "--wandb eagle: the package wandb is not installed; pip install -e '.[gpu]'"),
         ({"logger": "tensorboard"}, "--logger tensorboard: the package tensorboard is not installed"),
@@ -49,6 +50,7 @@ def test_a_good_run_has_no_problems(base):
 )  # fmt: skip
 def test_every_check_names_flag_value_and_remedy(base, changes, expected, monkeypatch):
     monkeypatch.setattr(preflight, "installed", lambda package: "")
+    monkeypatch.setattr(preflight.sys, "platform", "linux")
     found = problems({**base, **changes})
     assert any(expected in line for line in found), found
     assert len(found) == 1, found

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from rwkv_nb.data import sources
+from rwkv_nb.model import initialization
+from rwkv_nb.training import cli, config, trainer_state
 from rwkv_nb.training.config import TrainConfig, working_batch_sizes
 
 # flag: default, as in the argument list of the article's train.py
@@ -155,3 +158,15 @@ def test_wrong_types_are_refused_at_once(flags):
 def test_configuration_and_schedule_do_without_torch():
     code = "import sys, rwkv_nb.training.rules, rwkv_nb.training.schedule; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_flag_is_in_one_list_of_what_a_resumed_run_may_change():
+    lists = [*trainer_state.SAME_FLAGS, *trainer_state.FREE_FLAGS, *trainer_state.UNSAID_FLAGS]
+    assert sorted(lists) == sorted(f.name for f in dataclasses.fields(TrainConfig)), "in which list is it?"
+
+
+def test_what_stands_twice_agrees():
+    """`train` refuses flags before torch is imported, so it may not ask the modules that do the work."""
+    assert set(config.DATA_TYPES) == set(sources.DATA_TYPES)
+    assert set(config.RECIPES) == set(initialization.RECIPES)
+    assert all(name in cli.FIELDS["data_type"].metadata["help"] for name in config.DATA_TYPES)

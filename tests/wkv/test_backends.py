@@ -10,11 +10,16 @@ import pytest
 import torch
 
 from rwkv_nb.wkv import backends, wkv5, wkv5_chunked, wkv5_reference
+from rwkv_nb.wkv.operator import BACKENDS
 
 NAMES = ("y", "last", "r", "k", "v", "w", "u", "state")
 TOLERANCE = dict.fromkeys(NAMES, 2e-6) | {"w": 1e-5}
 NATIVE = ("cpu", "emulated", "cuda")
-FLOAT32 = [*("reference", "chunked"), *NATIVE]
+FLOAT32 = ["reference", "chunked", *(pytest.param(n, marks=pytest.mark.gpu) if n == "cuda" else n for n in NATIVE)]
+
+
+def device_of(backend):
+    return getattr(BACKENDS[backend], "DEVICE", "cpu")
 
 
 @pytest.fixture(params=FLOAT32)
@@ -45,7 +50,7 @@ def everything(function, tensors):
 
 def worst(backend, tensors, exact=wkv5_reference):
     """Per tensor: the largest error over the largest number."""
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     got = everything(lambda *x: wkv5(*x, backend=backend), [x.to(device) for x in tensors])
     want = everything(exact, [x.double() for x in tensors])
     assert all(torch.isfinite(x).all() for x in got.values())
@@ -93,7 +98,7 @@ def test_zeros(backend, zero):
 
 
 def test_everything_zero(backend):
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_of(backend)
     nothing = [torch.zeros_like(x).to(device) for x in inputs(1, 20, 1, 16)]
     got = everything(lambda *x: wkv5(*x, backend=backend), nothing)
     assert all(not x.any() for name, x in got.items() if name in ("y", "last", "w", "u"))
@@ -126,7 +131,7 @@ def test_a_hundred_thousand_steps(backend, low):
 
 
 def test_inputs_are_never_changed(backend):
-    tensors = [x.to("cuda" if backend == "cuda" else "cpu") for x in inputs(1, 20, 2, 16)]
+    tensors = [x.to(device_of(backend)) for x in inputs(1, 20, 2, 16)]
     copies = [x.clone() for x in tensors]
     everything(lambda *x: wkv5(*x, backend=backend), tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
@@ -136,7 +141,7 @@ def test_inputs_are_never_changed(backend):
 def test_no_state_is_a_state_of_zeros_and_an_unused_last_state_has_no_gradient(backend, T):
     if backend == "emulated" and T > 40:
         pytest.skip("the emulator runs thread by thread; it keeps no states, so length changes nothing")
-    *tensors, state = [x.to("cuda" if backend == "cuda" else "cpu") for x in inputs(2, T, 2, 16)]
+    *tensors, state = [x.to(device_of(backend)) for x in inputs(2, T, 2, 16)]
     found = []
     for zeros, weight in ((None, None), (torch.zeros_like(state), torch.zeros_like(state))):
         leaves = [x.detach().requires_grad_() for x in tensors]
@@ -150,7 +155,7 @@ def test_no_state_is_a_state_of_zeros_and_an_unused_last_state_has_no_gradient(b
 def test_what_a_kernel_cannot_do_is_said(name):
     if backends().get(name) != "available":
         pytest.skip(f"backend {name} is not available here")
-    device = "cuda" if name == "cuda" else "cpu"
+    device = device_of(name)
     tensors = [x.to(device) for x in inputs(1, 3, 1, 16)]
     with pytest.raises(ValueError, match="float64.*use reference or chunked"):
         wkv5(*(x.double() for x in tensors), backend=name)

@@ -133,6 +133,7 @@ def outputs(tensors, kernel, gy, glast):
     return [y, last, *cuda.backward(*tensors, None, gy, glast, kernel=kernel)]
 
 
+@pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -150,6 +151,7 @@ def test_on_the_gpu_against_float64(kernel, dtype, T):
         torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=bound)
 
 
+@pytest.mark.gpu
 @GPU
 def test_on_a_stream_of_its_own():
     tensors = inputs(device="cuda")
@@ -162,6 +164,7 @@ def test_on_a_stream_of_its_own():
     assert torch.equal(got, want)
 
 
+@pytest.mark.gpu
 @GPU
 def test_under_torch_compile():
     tensors = [x.requires_grad_() for x in inputs(device="cuda")]
