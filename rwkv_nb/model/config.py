@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 VARIANTS = {"": "", "x052": "", "g": "g", "x052g": "g"}  # my_testing -> what it changes: "g" is MishGLU
+WORLD_SIZES = {  # name -> (n_layer, n_embd) of the official World models; their vocabulary has 65536 entries
+    "0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rwkv_nb.model.config import WORLD_SIZES as OFFICIAL
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import parameter_shapes
 
-OFFICIAL = {  # name -> (n_layer, n_embd) of the World models; their vocabulary has 65536 entries
-    "0.1B": (12, 768),
-    "0.4B": (24, 1024),
-    "1.5B": (24, 2048),
-    "3B": (32, 2560),
-    "7B": (32, 4096),
-}
 TRAINING_BYTES = 16  # a parameter in float32 training: itself, its gradient, and two averages of Adam, 4 bytes each
 
 

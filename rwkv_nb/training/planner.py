@@ -20,13 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rwkv_nb.model.config import WORLD_SIZES as SIZES
 from rwkv_nb.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from rwkv_nb.training.config import TrainConfig
 
 GB = 1e9
-SIZES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096)}  # L, D
 # bytes that a block keeps for its backward pass, for each token: (a channel of D, a channel of F); counted on the model
 # but for 4 of the 8.5: the float32 in which CUDA's autocast takes a square, as a processor's does not
 KEPT = {"float32": (94, 8), "bfloat16": (68, 8.5)}
