@@ -80,16 +80,14 @@ def _backward(c: Powers, r, k, v, u, first, gy, glast):
     glog += _decay_share(c.to_r, r, gr) + _decay_share(c.to_k, k, gk)
 
     for p in c.inside():
-        rt, ks, gyt = p.later(r), p.earlier(k), p.later(gy)
-        rp, kp = rt * p.r_power, ks * p.k_power
+        rp, kp, gyt = p.later(r) * p.r_power, p.earlier(k) * p.k_power, p.later(gy)
         A = p.only(rp @ kp.transpose(-1, -2))
         gA = p.only(gyt @ p.earlier(v).transpose(-1, -2))
         product_(p.earlier(gv), A.transpose(-1, -2), gyt, keep=1)
-        grt = (gA @ kp).mul_(p.r_power)
-        gks = (gA.transpose(-1, -2) @ rp).mul_(p.k_power)
-        glog += _decay_share(p.r_exponent, rt, grt) + _decay_share(p.k_exponent, ks, gks)
-        p.later(gr).add_(grt)
-        p.earlier(gk).add_(gks)
+        grp, gkp = gA @ kp, gA.transpose(-1, -2) @ rp
+        glog += _decay_share(p.r_exponent, rp, grp) + _decay_share(p.k_exponent, kp, gkp)
+        p.later(gr).addcmul_(grp, p.r_power)
+        p.earlier(gk).addcmul_(gkp, p.k_power)
 
     gdiag = (gy * v).sum(-1, keepdim=True)  # gradient of r_t . u k_t
     rk = r * k
