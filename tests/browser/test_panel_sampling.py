@@ -39,6 +39,7 @@ def test_the_chances_follow_the_knobs_and_a_text_is_written_and_stopped(run_note
 
     start = left_when(page, panel, "left[0] === 96")
     assert start[1] == 96 and 1 < start[2] == start[3] == start[4] < 20  # top_p 0.85 cuts, no other knob
+    chances.scroll_into_view_if_needed()  # figures above have come in meanwhile
     screenshot(page, "08 chances at the start")
     enter("top_p", "0.4")
     left_when(page, panel, f"left[2] >= 1 && left[2] < {start[2]}")
@@ -57,6 +58,7 @@ def test_the_chances_follow_the_knobs_and_a_text_is_written_and_stopped(run_note
     box = panel.get_by_label("temperature", exact=True).first
     page.wait_for_function("b => b.value === '0.05'", arg=box.element_handle())
     enter("temperature", "0.9")
+    chances.scroll_into_view_if_needed()
     screenshot(page, "08 chances at temperature 0.9 and top_p 1")
 
     status = panel.get_by_role("status")
