@@ -1,6 +1,6 @@
 """One table: ours against the peers, part by part, in one run. `make bench` calls it.
 
-    python benchmarks/all.py                           about six minutes on two cores, 4 GB
+    python benchmarks/all.py                           about four minutes on two cores, 4 GB
     python benchmarks/all.py --only tokenizer decode
     python benchmarks/all.py --tests                   and the time of the whole test run, a quarter of an hour more
 
@@ -59,8 +59,8 @@ def table(text: str, title: str) -> dict[str, dict[str, str]]:
 
 def ratio(what: str, peer: str, ours: float, theirs: float, unit: str, larger_is_better: bool = True) -> Row:
     times = ours / theirs if larger_is_better else theirs / ours
-    digits = 0 if max(ours, theirs) >= 100 else 1
-    return [what, peer, f"{ours:,.{digits}f} {unit}", f"{theirs:,.{digits}f} {unit}", f"{times:.2f}"]
+    shown = (f"{value:,.{0 if value >= 100 else 1}f} {unit}" for value in (ours, theirs))
+    return [what, peer, *shown, f"{times:.2f}"]
 
 
 def tokenizer() -> Iterable[Row]:
