@@ -20,6 +20,7 @@ from rwkv_nb.data.tokenizer import IncrementalDecoder
 
 from .sampling import SamplingArgs, sample_logits
 
+PIECES = 4096  # of text that are kept apart
 NOT_COUNTED = frozenset(" \t0123456789")  # texts of tokens that repeat without growing penalty
 
 
@@ -44,7 +45,7 @@ class Row:
         self.tokenizer, self.args, self.n_tokens, self.stop = tokenizer, args, n_tokens, tuple(stop)
         self.generator = generator
         self.tokens: list[int] = []
-        self._shown: list[str] = []  # pieces; a text that grew in its place would be copied at every token
+        self._shown: list[str] = []  # pieces, joined now and then: a text would be copied at every token
         self.stopped_by: int | str | None = None
         self.over = n_tokens == 0
         self.state: list[Tensor] | None = None
@@ -90,7 +91,7 @@ class Row:
         self.over = True
         piece = self._show(self._decoder.finish()) if not isinstance(self.stopped_by, str) else ""
         rest, self._held = (self._held, "") if not isinstance(self.stopped_by, str) else ("", "")
-        self._shown.append(rest)
+        self._keep(rest)
         return piece + rest
 
     def _show(self, piece: str) -> str:
@@ -102,5 +103,10 @@ class Row:
         else:
             keep = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
             shown, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        self._shown.append(shown)
+        self._keep(shown)
         return shown
+
+    def _keep(self, shown: str) -> None:
+        self._shown.append(shown)
+        if len(self._shown) > PIECES:
+            self._shown = ["".join(self._shown)]

@@ -173,3 +173,11 @@ def test_what_is_wrong_is_said(model):
         generate(model, CHARS, "a", 5, stop=[""])
     with pytest.raises(ValueError, match="2 prompts, 1 states, 2 generators, 2 logits"):
         generate_batch(model, CHARS, ["a", "b"], 5, states=[None])
+
+
+def test_a_long_text_is_kept_whole():
+    row = Row(CharTokenizer("abc"), 3, 10_000, SamplingArgs())
+    pieces = [row.take(i % 3) for i in range(9000)]
+    assert len(row._shown) < 9000 and row.text == "abc" * 3000
+    pieces += [row.take(0), row.finish()]
+    assert row.text == "".join(pieces) == "abc" * 3000 + "a"
