@@ -1,6 +1,6 @@
 """Does anything crash, hang, answer wrongly or fail without a message on input that nobody meant to give it?
 
-    python benchmarks/fuzz.py                              all subjects, over 100,000 cases; about three minutes
+    python benchmarks/fuzz.py                              all subjects, over 100,000 cases; three minutes on two cores
     python benchmarks/fuzz.py --only binidx --cases 500    some
     python benchmarks/fuzz.py --replay binidx:1:77         one case again, with its traceback
 
