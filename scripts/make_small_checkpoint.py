@@ -120,7 +120,7 @@ def card(path: Path, spent: dict, sources: dict[str, tuple[list[str], str]]) -> 
     """The model card, every figure of it measured on the file itself."""
     model, size = RWKV.from_checkpoint(path, dtype=torch.float32), path.stat().st_size
     licences = {
-        "stories": "grammar in `rwkv_nb/data/stories.py`, Apache-2.0",
+        "stories": "grammar in `rwkv_nb/data/stories.py`, and drills in its words, Apache-2.0",
         "documentation": f"docstrings and language reference of Python {platform.python_version()}, PSF-2.0",
         "questions and answers": "the ASCII ones of `data/demo.jsonl`, Apache-2.0",
     }

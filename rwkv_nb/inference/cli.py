@@ -124,7 +124,7 @@ def choose(config: ModelConfig, strategy: str, engine: str, show: bool) -> str:
     machine = this_machine()
     slow = UNPACKING if engine == "package" else slowness()
     if strategy == "auto":
-        needed = best_strategy(config, machine, slow, ours_can if engine == "ours" else lambda plan: True)
+        needed = best_strategy(config, machine, slow, ours_can if engine == "ours" else None)
         if needed is None:
             free = ", ".join(f"{name} {device.memory / 1e9:.1f} GB" for name, device in machine.items())
             raise ValueError(f"--strategy auto: {config.n_params:,} parameters fit in no strategy"

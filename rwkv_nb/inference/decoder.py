@@ -100,7 +100,7 @@ def _library() -> ctypes.CDLL:
 
 
 def product(packed: Packed, x: Tensor, y: Tensor) -> None:
-    """x (n, packed.width) times the matrix, turned, into y (n, rows), both float32 or bfloat16. Raises MemoryError.
+    """x (n, packed.width) times the matrix, turned, into y (n, rows), each float32 or bfloat16. Raises MemoryError.
 
     If x is bfloat16, the matrix is rounded to it too; sums are float32 either way.
     """

@@ -175,9 +175,9 @@ def _state_bytes(plan: Plan, config: ModelConfig) -> dict[str, int]:
 
 def best_strategy(
     config: ModelConfig, machine: dict[str, Device], slowness: Mapping[str, float] = UNPACKING,
-    can: Callable[[Plan], bool] = lambda plan: True,
+    can: Callable[[Plan], bool] | None = None,
 ) -> MemoryPlan | None:  # fmt: skip
-    """The quickest strategy that fits, by the bandwidth limit, of those that `can` allows; None if nothing fits.
+    """The quickest strategy that fits, by the bandwidth limit, of those that `can` (None: any); None if nothing fits.
 
     Tried: each device alone in each format; as many layers on a card as it holds, the others on the next cards and the
     processor, or streamed. Of equally quick ones bf16 comes first: it is what files hold. slowness: see memory_plan.
@@ -191,7 +191,7 @@ def best_strategy(
         if len(cards) > 1:
             texts += [_filled(cards, format, rest, config, machine) for rest in ("", " -> cpu fp32", " -> cpu bf16")]
     plans = (parse_strategy(text, config.n_layer) for text in texts if text)
-    needed = (memory_plan(plan, config, slowness) for plan in plans if can(plan))
+    needed = (memory_plan(plan, config, slowness) for plan in plans if can is None or can(plan))
     fitting = [p for p in needed if not p.lacking(machine)]
     return min(fitting, key=lambda p: p.seconds_per_token(machine), default=None)
 

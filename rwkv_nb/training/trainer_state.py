@@ -39,13 +39,6 @@ SAME_FLAGS = (
     "head_size_divisor", "pre_ffn", "head_qk", "tiny_att_dim", "tiny_att_layer", "my_pos_emb", "my_testing",
     "val_split",
 )  # fmt: skip
-# a change is fine and said: the run goes on with the new value
-FREE_FLAGS = (
-    "data_file", "qa_pile_file", "qa_mask_ids", "my_exit", "my_exit_tokens", "epoch_count", "epoch_save", "val_every",
-    "lr_init", "lr_final", "beta1", "beta2", "adam_eps", "weight_decay", "weight_decay_final", "layerwise_lr",
-    "my_pile_edecay", "dropout", "grad_cp", "compile", "precision", "accelerator", "strategy", "ds_bucket_mb",
-    "load_partial", "recipe", "my_ffn_shift", "my_att_shift",
-)  # fmt: skip
 # a change is nobody's business
 UNSAID_FLAGS = ("load_model", "proj_dir", "epoch_begin", "warmup_steps", "resume", "wandb", "logger",
                 "enable_progress_bar", "save_state", "save_minutes", "save_steps")  # fmt: skip

@@ -57,7 +57,7 @@ def _forward(c: Powers, r: Tensor, k: Tensor, v: Tensor, u: Tensor, first: Tenso
     y.addcmul_((r * k * u[:, None]).sum(-1, keepdim=True), v)  # the step itself
     for p in c.inside():
         A = p.only((p.later(r) * p.r_power) @ (p.earlier(k) * p.k_power).transpose(-1, -2))
-        product_(p.later(y), A, p.earlier(v), keep=1)
+        product_(p.later(y), A, p.earlier(v), add=True)
     return y, S[-1]
 
 
@@ -83,7 +83,7 @@ def _backward(c: Powers, r, k, v, u, first, gy, glast):
         rp, kp, gyt = p.later(r) * p.r_power, p.earlier(k) * p.k_power, p.later(gy)
         A = p.only(rp @ kp.transpose(-1, -2))
         gA = p.only(gyt @ p.earlier(v).transpose(-1, -2))
-        product_(p.earlier(gv), A.transpose(-1, -2), gyt, keep=1)
+        product_(p.earlier(gv), A.transpose(-1, -2), gyt, add=True)
         grp, gkp = gA @ kp, gA.transpose(-1, -2) @ rp
         glog += _decay_share(p.r_exponent, rp, grp) + _decay_share(p.k_exponent, kp, gkp)
         p.later(gr).addcmul_(grp, p.r_power)

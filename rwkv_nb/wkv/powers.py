@@ -104,11 +104,11 @@ class Powers:
         return S
 
 
-def product_(out: Tensor, a: Tensor, b: Tensor, keep: float = 0.0) -> None:
-    """out = keep out + a b, for batches of matrices (..., n, m), (..., m, p), (..., n, p)."""
+def product_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, for batches of matrices (..., n, m), (..., m, p), (..., n, p)."""
     if out.is_contiguous():
-        out.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3), beta=keep)
-    elif keep:
+        out.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3), beta=int(add))  # 0: out is not even read
+    elif add:
         out.add_(a @ b)
     else:
         out.copy_(a @ b)
