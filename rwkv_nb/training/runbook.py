@@ -24,7 +24,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from rwkv_nb.training.checkpoint import save_checkpoint
 from rwkv_nb.training.config import TrainConfig
@@ -33,14 +32,8 @@ from rwkv_nb.training.interrupts import Stop
 from rwkv_nb.training.resume import Start, complete, prune_states
 from rwkv_nb.training.schedule import exit_reached
 from rwkv_nb.training.strategies import full_weights
-from rwkv_nb.training.trainer_state import (
-    TrainerState,
-    model_weights,
-    optimizer_state,
-    random_state,
-    restore_optimizer,
-    restore_random,
-)
+from rwkv_nb.training.trainer_state import TrainerState, random_state, restore_random
+from rwkv_nb.training.whole_state import can_be_whole, loss_scale, restore_loss_scale, restore_whole, whole_state
 
 AGREE_EVERY = 8  # steps between two moments at which several processes agree whether it is time for a state
 
@@ -151,7 +144,7 @@ class RunBook(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool, checkpoint: str = ""
     ) -> Path | None:
         """Write a state, if this run writes any, and prune older ones; every process must call it. Its path."""
-        if not self.cfg.save_state or not _whole(trainer.strategy):
+        if not self.cfg.save_state or not can_be_whole(trainer.strategy):
             return None
         ranks = [{"loss_sum": float(self._loss_sum), "random": random_state(pl_module.device)}]
         if trainer.world_size > 1:
@@ -160,15 +153,14 @@ class RunBook(pl.Callback):
             ranks = everyone
         self._last_save, before = time.monotonic(), self._saved_at
         self._saved_at = (self._epoch, self._batches)
+        weights, optimizer = whole_state(trainer, pl_module.model)
         if not trainer.is_global_zero:
             return None
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
         state = TrainerState(
             epoch=self._epoch, batch=self._batches, step=trainer.global_step, epoch_begin=self.cfg.epoch_begin,
             warmup_steps=self.cfg.warmup_steps, flags=self.cfg.flags(),
-            n_tokens=getattr(pl_module.dataset, "n_tokens", 0), weights=model_weights(pl_module.model.state_dict()),
-            optimizer=optimizer_state(trainer.optimizers[0], pl_module.model),
-            scaler=scaler.state_dict() if scaler is not None else {}, ranks=ranks, checkpoint=checkpoint,
+            n_tokens=getattr(pl_module.dataset, "n_tokens", 0), weights=weights, optimizer=optimizer,
+            scaler=loss_scale(trainer), ranks=ranks, checkpoint=checkpoint,
             log_line=self._line if self._batches == self.cfg.epoch_steps else "",
         )  # fmt: skip
         path = self.folder / f"rwkv-{self._epoch}.{self._batches}.state"
@@ -188,10 +180,8 @@ class RunBook(pl.Callback):
         return path
 
     def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: TrainerState) -> None:
-        restore_optimizer(trainer.optimizers[0], pl_module.model, state.optimizer)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and state.scaler:
-            scaler.load_state_dict(state.scaler)
+        restore_whole(trainer, pl_module.model, state.weights, state.optimizer)
+        restore_loss_scale(trainer, state.scaler)
         rank = state.ranks[trainer.global_rank]
         self._random, self._loss_sum = rank["random"], rank["loss_sum"]
         self._epoch, self._batches = state.epoch, state.batch
@@ -219,8 +209,3 @@ class RunBook(pl.Callback):
                 file.write(text)
         except OSError as error:
             warnings.warn(f"{error}; the run goes on without a line in it", stacklevel=2)
-
-
-def _whole(strategy: Any) -> bool:
-    """Whether process 0 holds the whole model and optimizer."""
-    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)

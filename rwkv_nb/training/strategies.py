@@ -5,7 +5,7 @@
     deepspeed_stage_N  N = 1 cuts Adam's state, 2 the gradients too, 3 the parameters too; _offload keeps pieces in RAM
 
 It is: the few calls in which they differ. It is not: an engine; Lightning, torch and DeepSpeed do the work.
-`fsdp` and `deepspeed_*` need a GPU (torch's FSDP refuses a machine without one), `ddp` runs anywhere.
+`fsdp` and `deepspeed_*` need a GPU (Lightning and torch refuse a machine without one), `ddp` runs anywhere.
 Source: RWKV-LM `RWKV-v5/train.py` (bucket sizes), `src/model.py` (DeepSpeedCPUAdam), `src/trainer.py` (saving).
 """
 
@@ -58,6 +58,11 @@ def make_optimizer(strategy: Strategy, model: torch.nn.Module, cfg: TrainConfig)
             adamw_mode=cfg.weight_decay > 0, weight_decay=0.0,
         )  # fmt: skip
     return build_optimizer(model, cfg)
+
+
+def loss_to_divide(strategy: Strategy, loss: torch.Tensor, cfg: TrainConfig) -> torch.Tensor:
+    """What training_step returns: Lightning divides it by the batches of a step, and DeepSpeed does so once more."""
+    return loss * cfg.accumulate_grad_batches if isinstance(strategy, DeepSpeedStrategy) else loss
 
 
 def clip_gradients(strategy: Strategy, module: torch.nn.Module, max_norm: float | None) -> None:

@@ -2,8 +2,8 @@
 
 It is: a TrainerState, taken from a run, written to a file and put back into a run: weights in float32, Adam's moments,
 the position in the run, every generator of random numbers, the loss scale. On a CPU a run that goes on from it is the
-uninterrupted run, bit for bit. It is not: the choice of the file to go on from (resume.py), nor a way to store a model
-that is cut into pieces (strategies fsdp and deepspeed_*: no state is written, and those runs go on from weights alone).
+uninterrupted run, bit for bit. It is not: the choice of the file to go on from (resume.py), nor the putting together of
+a model that a strategy has cut into pieces (whole_state.py).
 
 Names in a project folder, which the official trainer and the `rwkv` package pass over, as they do not end in .pth:
     rwkv-N.state      after mini-epoch N, beside rwkv-N.pth
@@ -110,7 +110,7 @@ class TrainerState:
 def optimizer_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """Name of the parameter -> what the optimizer remembers of it, tensors on the CPU."""
     names, remembered = _names(optimizer, model), optimizer.state_dict()["state"]
-    return {names[i]: {k: _alone(v) if isinstance(v, torch.Tensor) else v for k, v in entry.items()}
+    return {names[i]: {k: alone(v) if isinstance(v, torch.Tensor) else v for k, v in entry.items()}
             for i, entry in remembered.items()}  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module, 
 
 def model_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Official name -> float32 tensor on the CPU, each with memory of its own."""
-    return {strip_prefix(name): _alone(tensor.float()) for name, tensor in weights.items()}
+    return {strip_prefix(name): alone(tensor.float()) for name, tensor in weights.items()}
 
 
 def random_state(device: torch.device | None = None) -> dict[str, Any]:
@@ -165,8 +165,8 @@ def _names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[str
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU; a view is copied, because torch.save writes all the memory behind a tensor."""
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU; a view is copied, because torch.save writes all the memory behind a tensor."""
     tensor = tensor.detach().to("cpu").contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

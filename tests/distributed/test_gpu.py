@@ -1,7 +1,8 @@
 """What needs a GPU: fsdp and DeepSpeed's stages give the losses and the whole weights of one plain process.
 
 Skipped, loudly, where there is no CUDA device; DeepSpeed's also where it is not installed. One device is enough to test
-that optimizer, clipping and saving are the right ones; two would be needed to test that pieces are put together.
+that optimizer, clipping and saving are the right ones; that pieces are put together is tested on processors, in
+test_cut_models.py.
 """
 
 import importlib.util
@@ -17,9 +18,10 @@ import torch
 from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
 from rwkv_nb.training.checkpoint import init_checkpoint, load_checkpoint
 from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.trainer_state import TrainerState
 
 WORKER = Path(__file__).with_name("worker.py")
-DEEPSPEED = [f"deepspeed_stage_{stage}{more}" for stage in (1, 2, 3) for more in ("", "_offload")]
+DEEPSPEED = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.gpu,
@@ -36,9 +38,8 @@ def losses(flags, folder, strategy):
     settings.write_text(json.dumps({"flags": flags, "out": str(out)}), encoding="utf-8")
     done = subprocess.run([sys.executable, str(WORKER), str(settings)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    return json.loads((out / "rank-0.json").read_text(encoding="utf-8"))["losses"], load_checkpoint(
-        out / "run" / "rwkv-final.pth"
-    )
+    seen = json.loads((out / "rank-0.json").read_text(encoding="utf-8"))["losses"]
+    return seen, load_checkpoint(out / "run" / "rwkv-final.pth"), TrainerState.load(out / "run" / "rwkv-0.8.state")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", *DEEPSPEED])
@@ -54,10 +55,14 @@ def test_a_strategy_gives_the_plain_run(strategy, tmp_path):
         "n_embd": 64, "lr_init": 2e-3, "lr_final": 1e-4, "warmup_steps": 2, "weight_decay": 0.01, "random_seed": 5,
         "my_exit_tokens": 8 * 4 * 16,
     }  # fmt: skip
-    plain, expected = losses(flags, tmp_path, "auto")
-    found, weights = losses(flags, tmp_path, strategy)
+    plain, expected, whole = losses(flags, tmp_path, "auto")
+    found, weights, state = losses(flags, tmp_path, strategy)
     assert found == pytest.approx(plain, rel=2e-2), "bfloat16 weights in DeepSpeed round differently"
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         assert weights[name].shape == tensor.shape
         torch.testing.assert_close(weights[name].float(), tensor.float(), rtol=0.1, atol=2e-2, msg=name)
+        assert torch.equal(state.weights[name].to(weights[name].dtype), weights[name]), name
+        assert state.optimizer[name]["step"] == whole.optimizer[name]["step"] == 8, name
+        spread = whole.optimizer[name]["exp_avg"].norm()
+        assert (state.optimizer[name]["exp_avg"] - whole.optimizer[name]["exp_avg"]).norm() < 0.2 * spread, name

@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_nb.data import sources
 from rwkv_nb.model import initialization
-from rwkv_nb.training import cli, config, trainer_state
+from rwkv_nb.training import cli, config, rules, trainer_state
 from rwkv_nb.training.config import TrainConfig, working_batch_sizes
 
 # flag: default, as in the argument list of the article's train.py
@@ -76,11 +76,19 @@ def test_small_data_trains_one_epoch_and_says_so():
     assert any("389" in note and "103.7 times" in note for note in cfg.notes())
 
 
-def test_runs_that_write_no_state_are_said():
+def test_what_a_state_costs_is_said_where_the_model_is_cut():
     assert not any("save_state" in note for name in ("auto", "ddp") for note in TrainConfig(strategy=name).notes())
     for strategy in ("fsdp", "deepspeed_stage_2"):
-        assert any(f"strategy='{strategy}' writes no .state" in n for n in TrainConfig(strategy=strategy).notes())
+        assert any("RAM of the first process" in note for note in TrainConfig(strategy=strategy).notes())
         assert not any("save_state" in n for n in TrainConfig(strategy=strategy, save_state=False).notes())
+    on_disk = TrainConfig(strategy="deepspeed_stage_3_offload_nvme").notes()
+    assert any("writes no .state" in note for note in on_disk)
+
+
+def test_every_strategy_is_lightnings():
+    from pytorch_lightning.strategies import StrategyRegistry
+
+    assert set(rules.STRATEGIES) - {"auto"} <= set(StrategyRegistry)
 
 
 def test_models_that_other_programs_cannot_run_are_said():

@@ -1,0 +1,172 @@
+"""Weights and Adam's moments as whole tensors, whatever a strategy has made of them: taken out, and put back.
+
+It is: functions that every process calls. A run that cuts nothing gives a copy; the pieces of fsdp and DeepSpeed are put
+together in the RAM of the first process (12 bytes a parameter), so that one file holds the state of any run and another
+strategy can go on from it. It is not: the file (trainer_state.py), nor the folders of pieces that torch and DeepSpeed
+can write, which fit the same strategy alone and, DeepSpeed's, hold pickled code.
+
+Source: torch.distributed.fsdp; `safe_get_full_...` of deepspeed/utils/tensor_fragment.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
+
+from rwkv_nb.model.weights import strip_prefix
+from rwkv_nb.training.trainer_state import alone, model_weights, optimizer_state, restore_optimizer
+
+Entries = dict[str, dict[str, Any]]  # official name of a parameter -> step, exp_avg, exp_avg_sq
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
+
+
+def can_be_whole(strategy: Strategy) -> bool:
+    """Whether the functions below know this strategy; not one that keeps the optimizer on a disk."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        offload = strategy.config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        return offload.get("device") != "nvme"
+    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy)
+
+
+def whole_state(trainer: pl.Trainer, model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], Entries]:
+    """(weights in float32, what Adam remembers), by official names, on the CPU; of use in the first process only."""
+    strategy, optimizer = trainer.strategy, trainer.optimizers[0]
+    if isinstance(strategy, DeepSpeedStrategy):
+        return _collect(optimizer, model, trainer.is_global_zero)
+    if isinstance(strategy, FSDPStrategy):
+        with _whole_fsdp(strategy.model, rank0_only=True):
+            found = strategy.model.optim_state_dict(strategy.model, optimizer).get("state", {})
+        entries = {strip_prefix(name): {k: alone(v) for k, v in entry.items()} for name, entry in found.items()}
+        return model_weights(strategy.lightning_module_state_dict()), entries
+    return model_weights(model.state_dict()), optimizer_state(optimizer, model)
+
+
+def restore_whole(
+    trainer: pl.Trainer, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], saved: Entries
+) -> None:
+    """Put a state back. Every process has all of it, and `model` began with these weights."""
+    strategy, optimizer = trainer.strategy, trainer.optimizers[0]
+    if isinstance(strategy, DeepSpeedStrategy):
+        _distribute(optimizer, model, weights, saved)
+    elif isinstance(strategy, FSDPStrategy):
+        model = strategy.model
+        long = {id(p): name.replace("_fsdp_wrapped_module.", "") for name, p in model.named_parameters()}
+        groups = [{**group, "params": [long[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+        state = {name: saved[strip_prefix(name)] for name in long.values() if strip_prefix(name) in saved}
+        with _whole_fsdp(model, rank0_only=False):
+            content = {"state": state, "param_groups": groups}
+            optimizer.load_state_dict(model.optim_state_dict_to_load(model, optimizer, content))
+    else:
+        restore_optimizer(optimizer, model, saved)
+
+
+def loss_scale(trainer: pl.Trainer) -> dict[str, Any]:
+    """What fp16's loss scale has learnt; empty with another precision."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        scaler = getattr(trainer.optimizers[0], "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler.state_dict() if scaler is not None else {}
+
+
+def restore_loss_scale(trainer: pl.Trainer, saved: Mapping[str, Any]) -> None:
+    """Put it back, unless it is that of another kind of strategy, which begins anew."""
+    if not saved or saved.keys() != loss_scale(trainer).keys():
+        return
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        for name, value in saved.items():
+            setattr(trainer.optimizers[0].loss_scaler, name, value)
+    else:
+        trainer.precision_plugin.scaler.load_state_dict(dict(saved))
+
+
+@contextlib.contextmanager
+def _whole_fsdp(model: Any, rank0_only: bool) -> Iterator[None]:
+    from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, StateDictType
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP.state_dict_type", FutureWarning)  # what it names fails at empty groups
+        cut = model.sharding_strategy.name != "NO_SHARD"  # as with one device
+        with model.state_dict_type(
+            model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(offload_to_cpu=cut, rank0_only=rank0_only),
+            FullOptimStateDictConfig(offload_to_cpu=cut, rank0_only=rank0_only),
+        ):  # fmt: skip
+            yield
+
+
+def _collect(zero: Any, model: torch.nn.Module, first: bool) -> tuple[dict[str, torch.Tensor], Entries]:
+    """From DeepSpeed's optimizer, which holds a float32 copy of the weights and the moments, a part in each process."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    steps = [entry["step"] for entry in zero.optimizer.state.values() if "step" in entry]  # none before the first step
+    if steps:
+        _link(zero)
+    weights, entries = {}, {}
+    for long, parameter in model.named_parameters():
+        name, entry = strip_prefix(long), {}
+        for key in ("", *(MOMENTS if steps else ())):
+            read = safe_get_full_optimizer_state if key else safe_get_full_fp32_param
+            whole = read(parameter, *([key] if key else []))
+            if first:
+                entry[key] = alone(whole)
+        if first:
+            weights[name] = entry.pop("")
+            if steps:
+                entries[name] = {"step": torch.tensor(float(steps[0])), **entry}
+    return weights, entries
+
+
+def _distribute(zero: Any, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], saved: Entries) -> None:
+    """To DeepSpeed's optimizer, which has made float32 copies of weights that it had rounded before."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    if saved:
+        _make_room(zero, max(float(entry["step"]) for entry in saved.values()))
+    for long, parameter in model.named_parameters():
+        name, local = strip_prefix(long), hasattr(parameter, "ds_id")  # of stage 3: a process sees its piece alone
+        for key, value in (("", weights[name]), *((key, saved[name][key]) for key in MOMENTS if name in saved)):
+            if local:
+                write = safe_set_local_optimizer_state if key else safe_set_local_fp32_param
+                value = _piece(parameter, value)
+            else:
+                write = safe_set_full_optimizer_state if key else safe_set_full_fp32_param
+            write(parameter, value, *([key] if key else []))
+
+
+def _make_room(zero: Any, step: float) -> None:
+    """Give Adam, which has not stepped yet, moments of zero after `step` steps."""
+    adam = zero.optimizer
+    of_torch = isinstance(adam, torch.optim.Adam | torch.optim.AdamW)
+    for flat in _flat_weights(zero):
+        on = flat.device if adam.defaults.get("fused") else "cpu"
+        count = torch.tensor(step, device=on) if of_torch else int(step)  # DeepSpeedCPUAdam counts in int
+        adam.state[flat].update({"step": count, **{key: torch.zeros_like(flat.data) for key in MOMENTS}})
+    _link(zero)
+
+
+def _link(zero: Any) -> None:
+    """Tell each parameter of stages 1 and 2 where its moments are. DeepSpeed does it after the first step of the first
+    group, when the other groups have none yet, and never again."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _flat_weights(zero: Any) -> Iterable[torch.Tensor]:
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return next(getattr(zero, name) for name in names if hasattr(zero, name))  # stage 3; 1 and 2; 1 with bfloat16
+
+
+def _piece(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This process's piece of a whole tensor: equal pieces, the last filled up with zeros."""
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+    part = value.flatten()[rank * size : (rank + 1) * size]
+    return torch.nn.functional.pad(part, (0, size - part.numel()))

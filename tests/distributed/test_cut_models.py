@@ -1,0 +1,157 @@
+"""fsdp and DeepSpeed's stages with two processes: the losses and weights of ddp, which is tested in test_two_processes.py.
+
+On processors, where torch and DeepSpeed do all that they do on GPUs, but slowly (worker_without_gpu.py says what is told
+to whom). Tests on a GPU are in test_gpu.py.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
+from rwkv_nb.training.checkpoint import init_checkpoint, load_checkpoint
+from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.trainer_state import TrainerState
+
+WORKER = Path(__file__).with_name("worker_without_gpu.py")
+DEEPSPEED = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")]
+CTX = 16
+KINDS = {
+    "plain": {"precision": "fp32", "my_exit_tokens": 8 * 4 * CTX},
+    "collected": {"precision": "fp32", "accumulate_grad_batches": 2, "my_exit_tokens": 8 * 4 * CTX, "grad_cp": 1,
+                  "val_split": 0.2, "val_every": 2, "magic_prime": 59},
+    "bf16": {"precision": "bf16", "my_exit_tokens": 8 * 4 * CTX},
+    "fp16": {"precision": "fp16", "my_exit_tokens": 16 * 4 * CTX},
+}  # fmt: skip
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with data and initial weights, and the flags of a run there."""
+    folder = tmp_path_factory.mktemp("cut")
+    with MMapIndexedDatasetBuilder(folder / "data") as builder:
+        builder.add_item(np.random.default_rng(3).integers(1, 50, 1240).astype(np.uint16))
+        builder.end_document()
+    flags = {
+        "data_file": str(folder / "data"), "data_type": "binidx", "vocab_size": 64, "ctx_len": CTX, "my_pile_stage": 3,
+        "magic_prime": 71, "accelerator": "cpu", "devices": 2, "micro_bsz": 2, "n_layer": 2, "n_embd": 64,
+        "lr_init": 2e-3, "lr_final": 1e-4, "warmup_steps": 2, "weight_decay": 0.01, "layerwise_lr": 1,
+        "random_seed": 5, "dropout": 0.1,
+    }  # fmt: skip
+    alone = {**flags, "my_pile_stage": 1, "devices": 1, "proj_dir": str(folder / "begin")}
+    init_checkpoint(TrainConfig(**alone))
+    return folder, flags
+
+
+def run(base, strategy, *runs):
+    """Two processes train once for each (kind, name, what worker.py shall do besides): [(losses, val, weights, folder)]."""
+    folder, flags = base
+    if strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("NO DEEPSPEED: pip install deepspeed")
+    outs = [folder / f"{strategy}-{name}-{kind}" for kind, name, _ in runs]
+    for out, (kind, _, more) in zip(outs, runs, strict=True):
+        if not out.exists():
+            shutil.copytree(folder / "begin", out / "run")
+        settings = {"flags": {**flags, **KINDS[kind], "strategy": strategy, "proj_dir": str(out / "run")},
+                    "out": str(out), **more}  # fmt: skip
+        (out / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(WORKER), *(str(out / "settings.json") for out in outs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [read(out) for out in outs]
+
+
+def read(out):
+    seen = json.loads((out / "rank-0.json").read_text(encoding="utf-8"))
+    return seen["losses"], seen["val"], load_checkpoint(out / "run" / "rwkv-final.pth"), out / "run"
+
+
+def states(folder):
+    return sorted(path.name for path in folder.glob("*.state"))
+
+
+def close(one, other, rtol, atol):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name].float(), tensor.float(), rtol=rtol, atol=atol, msg=name)
+
+
+@pytest.fixture(scope="module")
+def ddp(base):
+    kinds = ("plain", "collected", "bf16")
+    return dict(zip(kinds, run(base, "ddp", *((kind, "whole", {}) for kind in kinds)), strict=True))
+
+
+def stops_in(last):
+    return {"signal": [0, last, int(signal.SIGTERM)]}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", *DEEPSPEED])
+def test_a_cut_model_trains_like_a_whole_one_and_goes_on_where_it_stopped(strategy, base, ddp):
+    *whole, stopped = run(base, strategy, *((kind, "whole", {}) for kind in ddp), ("bf16", "stopped", stops_in(3)))
+    for (losses, val, weights, folder), kind in zip(whole, ddp, strict=True):
+        expected, expected_val, expected_weights, _ = ddp[kind]
+        assert losses == pytest.approx(expected, rel=2e-3 if kind == "bf16" else 2e-5), kind
+        assert val == (expected_val and pytest.approx(expected_val, rel=1e-4)), kind
+        close(expected_weights, weights, *((0.05, 1e-2) if kind == "bf16" else (1e-3, 1e-4)))
+        assert states(folder) == ["rwkv-0.8.state"]
+    goes_on_bit_for_bit(base, strategy, "bf16", stopped, whole[-1])
+
+
+def goes_on_bit_for_bit(base, strategy, kind, stopped, whole):
+    """A run that was asked to stop, started again, against the uninterrupted one; the state between."""
+    first, _, _, folder = stopped
+    done = len(first)
+    assert states(folder) == [f"rwkv-0.{done}.state"] and first == whole[0][:done] != whole[0]
+    state = TrainerState.load(folder / f"rwkv-0.{done}.state")
+    [(second, _, weights, _)] = run(base, strategy, (kind, "stopped", {}))
+    if strategy.endswith("_offload"):  # DeepSpeed's Adam for processors computes beta^n in another way when it begins
+        assert second == pytest.approx(whole[0][done:], rel=1e-5)
+        close(whole[2], weights, 0.02, 2e-3)
+        return state
+    assert second == whole[0][done:], "the resumed run is the uninterrupted one"
+    for name, tensor in whole[2].items():
+        assert torch.equal(weights[name], tensor), name
+    return state
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("deepspeed_stage_3", "ddp"), ("ddp", "fsdp"), ("fsdp", "deepspeed_stage_1")]
+)
+def test_a_run_may_change_its_strategy(first, then, base, ddp):
+    folder = run(base, first, ("plain", f"to-{then}", stops_in(3)))[0][-1].parent
+    state = TrainerState.load(folder / "run" / "rwkv-0.4.state")
+    assert {entry["step"].item() for entry in state.optimizer.values()} == {4.0}
+    folder.rename(base[0] / f"{then}-from-{first}-plain")
+    [(losses, _, weights, _)] = run(base, then, ("plain", f"from-{first}", {}))
+    assert losses == pytest.approx(ddp["plain"][0][4:], rel=2e-5)
+    close(ddp["plain"][2], weights, 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize(("strategy", "scale"), [("fsdp", "scale"), ("deepspeed_stage_2", "cur_scale")])
+def test_float16_finds_its_loss_scale_and_keeps_it(strategy, scale, base):
+    """All weights and gradients are float16 here: at first the gradient of emb.weight is too large, and steps are left
+    out until the scale is small enough."""
+    whole, stopped = run(base, strategy, ("fp16", "whole", {}), ("fp16", "stopped", stops_in(11)))
+    began = load_checkpoint(base[0] / "begin" / "rwkv-init.pth")
+    assert all(torch.isfinite(tensor).all() for tensor in whole[2].values())
+    assert not torch.equal(whole[2]["head.weight"].float(), began["head.weight"].half().float())
+    state = goes_on_bit_for_bit(base, strategy, "fp16", stopped, whole)
+    assert 1 <= state.scaler[scale] < 2**16

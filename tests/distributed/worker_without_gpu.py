@@ -1,0 +1,89 @@
+"""worker.py with fsdp and DeepSpeed on processors: Lightning, torch and the rules of the trainer are told that it is fine.
+
+The strategies are the real ones. The processes talk over gloo, parameters, gradients and Adam's state are cut, gathered
+and put together again by torch and DeepSpeed. What is not there: a GPU's kernels and memory, and NCCL.
+"""
+
+import importlib.util
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytorch_lightning.strategies.deepspeed as of_lightning
+import torch
+import torch.distributed.fsdp as of_torch
+from pytorch_lightning.accelerators.cpu import CPUAccelerator
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision, FSDPPrecision
+from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+from rwkv_nb.training import rules, trainer
+
+
+def deepspeed_on_cpu() -> None:
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    of_lightning.CUDAAccelerator = CPUAccelerator
+    of_lightning._validate_device_index_selection = lambda devices: None
+    initialize = deepspeed.initialize
+
+    def without_an_index(args, **more):
+        args.device_rank = -1  # Lightning gives the index of a GPU
+        return initialize(args=args, **more)
+
+    deepspeed.initialize = without_an_index
+    kind = type(get_accelerator())
+    kind.is_fp16_supported = lambda self: True  # slow, but it computes
+    kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
+
+
+def fsdp_on_cpu() -> None:
+    check, begin = _AcceleratorConnector._check_strategy_and_fallback, of_torch.FullyShardedDataParallel.__init__
+
+    def without_gpu(self):
+        try:
+            check(self)
+        except ValueError as error:
+            if "requires a GPU" not in str(error):
+                raise
+
+    def on_cpu(self, module, *args, **more):
+        begin(self, module, *args, **{**more, "device_id": torch.device("cpu")})
+
+    _AcceleratorConnector._check_strategy_and_fallback = without_gpu
+    of_torch.FullyShardedDataParallel.__init__ = on_cpu
+    FSDPPrecision.forward_context = lambda self: torch.autocast(
+        "cpu", torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16, enabled="mixed" in self.precision
+    )
+    # "offloading" to the CPU copies nothing here, and FSDP frees or reuses the memory
+    full, full_optim = of_torch.FullStateDictConfig, of_torch.FullOptimStateDictConfig
+    of_torch.FullStateDictConfig = lambda offload_to_cpu, rank0_only: full(rank0_only=rank0_only)
+    of_torch.FullOptimStateDictConfig = lambda offload_to_cpu, rank0_only: full_optim(offload_to_cpu=False, rank0_only=rank0_only)
+
+
+def half_precision(kind: str, device: str, scaler: object) -> object:
+    """In place of trainer.py's plugin for float16 on a CPU, what Lightning takes on a GPU."""
+    if "deepspeed" in STRATEGY:
+        return DeepSpeedPrecision(kind)
+    plugin = FSDPPrecision(kind)
+    plugin.scaler = ShardedGradScaler("cpu")
+    return plugin
+
+
+if __name__ == "__main__":
+    STRATEGY = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["flags"]["strategy"]
+    if STRATEGY.startswith("deepspeed"):
+        deepspeed_on_cpu()
+        trainer.MixedPrecision = half_precision
+    elif STRATEGY.startswith("fsdp"):
+        fsdp_on_cpu()
+        trainer.MixedPrecision = half_precision
+    others = rules._others
+    rules._others = lambda c: [rule for rule in others(c) if "needs GPUs" not in rule[1]]
+    spec = importlib.util.spec_from_file_location("worker", Path(__file__).with_name("worker.py"))
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    worker.main()
