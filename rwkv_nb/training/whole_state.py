@@ -1,9 +1,9 @@
 """Weights and Adam's moments as whole tensors, whatever a strategy has made of them: taken out, and put back.
 
-It is: functions that every process calls. A run that cuts nothing gives a copy; the pieces of fsdp and DeepSpeed are put
-together in the RAM of the first process (12 bytes a parameter), so that one file holds the state of any run and another
-strategy can go on from it. It is not: the file (trainer_state.py), nor the folders of pieces that torch and DeepSpeed
-can write, which fit the same strategy alone and, DeepSpeed's, hold pickled code.
+It is: functions that every process calls. A run that cuts nothing gives a copy; the pieces of fsdp and DeepSpeed are
+put together in the RAM of the first process (12 bytes a parameter), so that one file holds the state of any run and
+another strategy can go on from it. It is not: the file (trainer_state.py), nor the folders of pieces that torch and
+DeepSpeed can write, which fit the same strategy alone and, DeepSpeed's, hold pickled code.
 
 Source: torch.distributed.fsdp; `safe_get_full_...` of deepspeed/utils/tensor_fragment.py.
 """
@@ -125,8 +125,12 @@ def _collect(zero: Any, model: torch.nn.Module, first: bool) -> tuple[dict[str, 
 
 def _distribute(zero: Any, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], saved: Entries) -> None:
     """To DeepSpeed's optimizer, which has made float32 copies of weights that it had rounded before."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
 
     if saved:
         _make_room(zero, max(float(entry["step"]) for entry in saved.values()))

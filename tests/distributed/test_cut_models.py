@@ -1,7 +1,7 @@
-"""fsdp and DeepSpeed's stages with two processes: the losses and weights of ddp, which is tested in test_two_processes.py.
+"""fsdp and DeepSpeed's stages with two processes: the losses and weights of ddp (which test_two_processes.py tests).
 
-On processors, where torch and DeepSpeed do all that they do on GPUs, but slowly (worker_without_gpu.py says what is told
-to whom). Tests on a GPU are in test_gpu.py.
+On processors, where torch and DeepSpeed do all that they do on GPUs, but slowly: worker_without_gpu.py says what is
+told to whom. Tests on a GPU are in test_gpu.py.
 """
 
 import importlib.util
@@ -59,7 +59,7 @@ def base(tmp_path_factory):
 
 
 def run(base, strategy, *runs):
-    """Two processes train once for each (kind, name, what worker.py shall do besides): [(losses, val, weights, folder)]."""
+    """Two processes train once for each (kind, name, more settings of worker.py): [(losses, val, weights, folder)]."""
     folder, flags = base
     if strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("NO DEEPSPEED: pip install deepspeed")

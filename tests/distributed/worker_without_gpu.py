@@ -1,9 +1,10 @@
-"""worker.py with fsdp and DeepSpeed on processors: Lightning, torch and the rules of the trainer are told that it is fine.
+"""worker.py with fsdp and DeepSpeed on processors: Lightning, torch and the trainer's rules are told that it is fine.
 
 The strategies are the real ones. The processes talk over gloo, parameters, gradients and Adam's state are cut, gathered
 and put together again by torch and DeepSpeed. What is not there: a GPU's kernels and memory, and NCCL.
 """
 
+import functools
 import importlib.util
 import json
 import signal
@@ -58,9 +59,12 @@ def fsdp_on_cpu() -> None:
         "cpu", torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16, enabled="mixed" in self.precision
     )
     # "offloading" to the CPU copies nothing here, and FSDP frees or reuses the memory
-    full, full_optim = of_torch.FullStateDictConfig, of_torch.FullOptimStateDictConfig
-    of_torch.FullStateDictConfig = lambda offload_to_cpu, rank0_only: full(rank0_only=rank0_only)
-    of_torch.FullOptimStateDictConfig = lambda offload_to_cpu, rank0_only: full_optim(offload_to_cpu=False, rank0_only=rank0_only)
+    for name in ("FullStateDictConfig", "FullOptimStateDictConfig"):
+        setattr(of_torch, name, functools.partial(here, getattr(of_torch, name)))
+
+
+def here(kind, offload_to_cpu, rank0_only):
+    return kind(offload_to_cpu=False, rank0_only=rank0_only)
 
 
 def half_precision(kind: str, device: str, scaler: object) -> object:
