@@ -8,17 +8,10 @@ chunk's start, and positions t, s counted from there:
     y_t = sum_{s<t} (r_t . P(t-1-s) k_s) v_s  +  (r_t . u k_t) v_t  +  (r_t P(t)) S     inside, itself, before
     S'  = P(L) S + sum_s (P(L-1-s) k_s) v_s^T
 
-Everything but S is a batched product over all chunks at once; only S is carried from chunk to chunk.
-
-*Exponents.* "Inside" must split P(t-1-s) in a factor for r_t and one for k_s to become a product of matrices:
-P(t-m) P(m-1-s) for some m. If s < m <= t both exponents are >= 0, both factors are <= 1, and nothing can overflow.
-So each chunk is halved: pairs with s in the left and t in the right half take the boundary as m, and the two halves
-are halved again. Halving stops at blocks so small that even the factors greater than 1 stay below 5e8 (`powers.py`):
-then m is the block's middle. Ordinary decays need no halving at all; for the strongest it goes down to
-single steps, where no pair is left. No exponent is ever clamped.
-
-*Derivatives.* P(n) = exp(n l) with l = -exp(w), so a factor x = r P(n) with gradient g gives g P(n) to r and n x g to
-l; and dl/dw = l. No division by d, which may be zero in float32.
+Everything but S is a batched product over all chunks at once; only S is carried from chunk to chunk. "Inside" becomes a
+product of matrices when P(t-1-s) is split in a factor for r_t and one for k_s. Where, so that no factor overflows, is
+the question that `middle.py` (ordinary decays) and `halving.py` (any decay) answer; here a call is cut in pieces for
+them: parts of the time with chunks of one length, and slices of batch and heads that fit the cache.
 
 Source: the equation as in `reference.py`; gradients checked against it in float64.
 """
@@ -26,82 +19,17 @@ Source: the equation as in `reference.py`; gradients checked against it in float
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .powers import Powers, product_
+from .halving import Halving
+from .middle import Middle, fits
 from .reference import working_dtype, zeros_if_none
 
 CHUNK = 64  # L: the longer, the fewer states to carry and the more work inside
 SLICE = 1 << 18  # numbers of one tensor worked on at a time: stays in the cache, and big temporaries never appear
-
-
-def _slices(w: Tensor, B: int, T: int, chunk: int, dtype: torch.dtype) -> Iterator[tuple[Powers, slice, slice]]:
-    """Cut batch and heads in slices of about SLICE numbers."""
-    H, N = w.shape
-    heads = max(1, min(H, SLICE // max(1, T * N)))
-    rows = max(1, min(B, SLICE // max(1, T * N * H))) if heads == H else 1
-    for h in range(0, H, heads):
-        chunks = Powers(w[h : h + heads], chunk, dtype)
-        for b in range(0, B, rows):
-            yield chunks, slice(b, b + rows), slice(h, h + heads)
-
-
-def _forward(c: Powers, r: Tensor, k: Tensor, v: Tensor, u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """One slice, inputs from `load`; u (h, N); first (b, h, N, N) -> y and the last state."""
-    S = c.states(k * c.k_power, v, first)
-    y = (r * c.r_power) @ S[:-1]  # what was there before the chunk
-    y.addcmul_((r * k * u[:, None]).sum(-1, keepdim=True), v)  # the step itself
-    for p in c.inside():
-        A = p.only((p.later(r) * p.r_power) @ (p.earlier(k) * p.k_power).transpose(-1, -2))
-        product_(p.later(y), A, p.earlier(v), add=True)
-    return y, S[-1]
-
-
-def _backward(c: Powers, r, k, v, u, first, gy, glast):
-    """Gradients of one slice: gr, gk, gv as from `load`; of log d and u (h, N); of the first state."""
-    rd, kd = r * c.r_power, k * c.k_power
-    S = c.states(kd, v, first)
-    # Q[c]: gradient of the state after chunk c; carried from the last chunk to the first.
-    Q = torch.empty_like(S)
-    Q[-1] = glast
-    product_(Q[:-1], rd.transpose(-1, -2), gy)
-    for after, before in pairwise(reversed(Q.unbind())):
-        before.addcmul_(after, c.whole)
-    gfirst, S, Q = Q[0], S[:-1], Q[1:]
-
-    gv = kd @ Q
-    gr = (gy @ S.transpose(-1, -2)).mul_(c.r_power)
-    gk = (v @ Q.transpose(-1, -2)).mul_(c.k_power)
-    glog = c.L * (c.whole.squeeze(-1) * (S * Q).sum((0, 1, 4)))
-    glog += _decay_share(c.to_r, r, gr) + _decay_share(c.to_k, k, gk)
-
-    for p in c.inside():
-        rp, kp, gyt = p.later(r) * p.r_power, p.earlier(k) * p.k_power, p.later(gy)
-        A = p.only(rp @ kp.transpose(-1, -2))
-        gA = p.only(gyt @ p.earlier(v).transpose(-1, -2))
-        product_(p.earlier(gv), A.transpose(-1, -2), gyt, add=True)
-        grp, gkp = gA @ kp, gA.transpose(-1, -2) @ rp
-        glog += _decay_share(p.r_exponent, rp, grp) + _decay_share(p.k_exponent, kp, gkp)
-        p.later(gr).addcmul_(grp, p.r_power)
-        p.earlier(gk).addcmul_(gkp, p.k_power)
-
-    gdiag = (gy * v).sum(-1, keepdim=True)  # gradient of r_t . u k_t
-    rk = r * k
-    gv.addcmul_((rk * u[:, None]).sum(-1, keepdim=True), gy)
-    gu = rk.mul_(gdiag).sum((0, 1, 3))
-    gdiag = gdiag * u[:, None]
-    gr.addcmul_(gdiag, k)
-    gk.addcmul_(gdiag, r)
-    return gr, gk, gv, glog, gu, gfirst
-
-
-def _decay_share(exponents: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """sum of n x g over all but (h, N): of (C, b, h, L, N), or of groups of pairs (C, b, h, groups, L, N)."""
-    return ((x * g).sum((0, 1, 3) if x.dim() == 6 else (0, 1)) * exponents).sum(1)
 
 
 def parts(T: int, chunk: int = CHUNK) -> list[tuple[int, int, int]]:
@@ -123,9 +51,32 @@ def supports(N: int) -> None:
     """Any head size."""
 
 
-def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:
-    """What `forward` keeps for `backward`: the state at the start of each part."""
-    return (len(parts(T)), B, H, N, N)
+def saved_shape(B: int, T: int, H: int, N: int, chunk: int = CHUNK) -> tuple[int, ...]:
+    """What `forward` keeps for `backward`: the states between chunks. Room for them; they lie there slice by slice."""
+    return (sum((end - start) // length + 1 for start, end, length in parts(T, chunk)), B, H, N, N)
+
+
+def _pieces(w: Tensor, shape: tuple[int, ...], dtype: torch.dtype, saved: Tensor | None, chunk: int) -> Iterator[tuple]:
+    """The pieces of a call, (way, (batch, time, heads), room for the states between chunks), each part in a list."""
+    B, T, H, N = shape
+    first = 0
+    for start, end, length in parts(T, chunk):
+        n = (end - start) // length + 1
+        room = None if saved is None else saved[first : first + n].view(-1)
+        heads = max(1, min(H, SLICE // max(1, (end - start) * N)))
+        rows = max(1, min(B, SLICE // max(1, (end - start) * N * H))) if heads == H else 1
+        found, used = [], 0
+        for h in range(0, H, heads):
+            mine = w[h : h + heads]
+            way = (Middle if fits(mine, length) else Halving)(mine, length, dtype)
+            for b in range(0, B, rows):
+                size = (n, min(rows, B - b), len(mine), N, N)
+                count = size[0] * size[1] * size[2] * N * N
+                S = mine.new_empty(size, dtype=dtype) if room is None else room[used : used + count].view(size)
+                used += count
+                found.append((way, (slice(b, b + rows), slice(start, end), slice(h, h + heads)), S))
+        first += n
+        yield found
 
 
 def forward(
@@ -133,14 +84,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the last state; state in the working dtype, None for zeros; fills `saved` if there is one."""
     y, state = torch.empty_like(r, memory_format=torch.contiguous_format), zeros_if_none(state, r)
-    for i, (start, end, length) in enumerate(parts(r.shape[1], chunk)):
-        if saved is not None:
-            saved[i] = state
+    for part in _pieces(w, r.shape, state.dtype, saved, chunk):
         last = torch.empty_like(state)
-        for c, bs, hs in _slices(w, r.shape[0], end - start, length, state.dtype):
-            loaded = [c.load(x[bs, start:end, hs]) for x in (r, k, v)]
-            ys, last[bs, hs] = _forward(c, *loaded, u[hs].to(state.dtype), state[bs, hs])
-            c.store(y[bs, start:end, hs], ys)
+        for way, here, S in part:
+            rows, _, heads = here
+            us = u[heads].to(state.dtype)
+            last[rows, heads] = way.forward(r[here], k[here], v[here], us, state[rows, heads], S, y[here])
         state = last
     return y, state
 
@@ -153,18 +102,16 @@ def backward(
     gr, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, v))
     glast, dtype = zeros_if_none(glast, r), working_dtype(r)
     gw, gu = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(u, dtype=dtype)
-    for first, (start, end, length) in reversed(list(zip(saved, parts(r.shape[1], chunk), strict=True))):
+    for part in reversed(list(_pieces(w, r.shape, dtype, saved, chunk))):
         gfirst = torch.empty_like(glast)
-        for c, bs, hs in _slices(w, r.shape[0], end - start, length, dtype):
-            mine = (bs, slice(start, end), hs)
-            loaded = [c.load(x[mine]) for x in (r, k, v)]
-            *gs, glog, gus, gfirst[bs, hs] = _backward(
-                c, *loaded, u[hs].to(dtype), first[bs, hs], c.load(gy[mine]), glast[bs, hs]
+        for way, here, S in part:
+            rows, _, heads = here
+            given = [x[here] for x in (r, k, v)]
+            glog, gus, gfirst[rows, heads] = way.backward(
+                *given, u[heads].to(dtype), S, gy[here], glast[rows, heads], gr[here], gk[here], gv[here]
             )
-            for into, x in zip((gr, gk, gv), gs, strict=True):
-                c.store(into[mine], x)
-            gw[hs] += glog.double() * c.log_d
-            gu[hs] += gus
+            gw[heads] += glog.double() * way.log_d  # d l / d w = l
+            gu[heads] += gus
         glast = gfirst
     return gr, gk, gv, gw.to(w.dtype), gu.to(u.dtype), glast
 
@@ -172,7 +119,7 @@ def backward(
 class _WKV5(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r, k, v, w, u, state, chunk):
-        saved = state.new_empty(len(parts(r.shape[1], chunk)), *state.shape)
+        saved = state.new_empty(saved_shape(*r.shape, chunk))
         ctx.chunk = chunk
         y, last = forward(r, k, v, w, u, state, saved, chunk)
         ctx.save_for_backward(r, k, v, w, u, state, saved)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_nb.wkv import chunked as chunked_module
-from rwkv_nb.wkv import wkv5, wkv5_chunked, wkv5_reference
+from rwkv_nb.wkv import halving, middle, wkv5, wkv5_chunked, wkv5_reference
 
 NAMES = ("y", "state", "r", "k", "v", "w", "u", "state_in")
 
@@ -81,6 +81,31 @@ def test_chunks_in_float32_for_every_decay(low, high):
     assert all(found[name] < tolerance[name] for name in NAMES), found
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 4, 16])
+def test_both_ways_through_a_chunk_are_equal(chunk):
+    r, k, v, w, u, state = (x.detach() for x in inputs(2, 48, 3, 5, -3, -0.5))
+    gy, glast = torch.randn_like(v), torch.randn_like(state)
+    found = []
+    for kind in (middle.Middle, halving.Halving):
+        way, S = kind(w, chunk, torch.float64), torch.empty(48 // chunk + 1, 2, 3, 5, 5, dtype=torch.float64)
+        y, *grads = (torch.empty_like(v) for _ in range(4))
+        last = way.forward(r, k, v, u, state, S, y).clone()
+        found.append([y, last, *way.backward(r, k, v, u, S, gy, glast, *grads), *grads])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_which_way_depends_on_the_strongest_decay_and_the_length():
+    def fits(w, chunk):
+        return middle.fits(torch.tensor([[-5.0, w]]), chunk)
+
+    assert fits(-0.48, 64) and not fits(-0.46, 64), "exp(w) up to 20 / 32"
+    assert fits(-0.48, 2) and not fits(-0.46, 2), "no stronger ones in short chunks: gw would lose digits"
+    assert fits(-2.0, 256) and not fits(-1.0, 256)
+    assert not fits(float("nan"), 64) and not fits(float("inf"), 64)
+    assert middle.fits(torch.empty(0, 8), 64)
+
+
 def test_decay_gradient_of_every_channel():
     """Each channel of w by itself, from hardly any decay to none left: no division by a decay that is zero."""
     w = torch.linspace(-10, 4, 16).view(1, 16)
@@ -91,8 +116,10 @@ def test_decay_gradient_of_every_channel():
     torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-5)
 
 
-def test_gradcheck():
-    tensors = inputs(1, 6, 2, 3, -3, 1)
+@pytest.mark.parametrize(("low", "high", "fits"), [(-3, -1, True), (0, 3, False)])
+def test_gradcheck(low, high, fits):
+    tensors = inputs(1, 11, 2, 3, low, high)
+    assert middle.fits(tensors[3], 4) is fits
     assert torch.autograd.gradcheck(lambda *x: wkv5_chunked(*x, chunk=4), tensors, eps=1e-6, atol=1e-7)
 
 
