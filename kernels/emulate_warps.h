@@ -52,6 +52,14 @@ template <class T> T __shfl_down_sync(unsigned mask, T value, int by, int width 
     return emulate::shuffle("__shfl_down_sync", mask, value, inside ? from : emulate::lane(), {file, line});
 }
 
+inline int __all_sync(unsigned mask, int predicate, EMULATE_HERE) {
+    const uint32_t word = predicate != 0;
+    auto* shown = emulate::machine.exchange("__all_sync", &word, 1, {file, line}, mask);
+    bool all = true;
+    for (int lane = 0; lane < emulate::WARP; lane++) all = all && (!(mask >> lane & 1) || shown[lane][0]);
+    return all;
+}
+
 inline void mma_m16n8k8_tf32(float d[4], const unsigned a[4], const unsigned b[2], EMULATE_HERE) {
     const uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     auto* shown = emulate::machine.exchange("mma_m16n8k8_tf32", words, 6, {file, line}, 0xffffffffu);
