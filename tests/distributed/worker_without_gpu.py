@@ -19,6 +19,7 @@ from pytorch_lightning.plugins.precision import DeepSpeedPrecision, FSDPPrecisio
 from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+from rwkv_nb.model import fused
 from rwkv_nb.training import rules, trainer
 
 
@@ -84,6 +85,7 @@ if __name__ == "__main__":
     elif STRATEGY.startswith("fsdp"):
         fsdp_on_cpu()
         trainer.MixedPrecision = half_precision
+    fused._format = lambda *tensors: None  # the definitions in plain PyTorch, which run on a GPU
     others = rules._others
     rules._others = lambda c: [rule for rule in others(c) if "needs GPUs" not in rule[1]]
     spec = importlib.util.spec_from_file_location("worker", Path(__file__).with_name("worker.py"))
