@@ -41,7 +41,7 @@ def inputs(B: int, T: int, H: int, N: int, dtype: torch.dtype, device: str, stat
         return torch.randn(*shape, generator=g, device=device)
 
     r, k, v, gy = (normal(B, T, H, N).to(dtype) for _ in range(4))
-    w = torch.empty(H, N, device=device).uniform_(-6, 1, generator=g)
+    w = torch.empty(H, N, device=device).uniform_(-6, -1, generator=g)  # as a model begins
     u = normal(H, N).bfloat16().float()  # so that who takes it in bfloat16 has the same numbers
     states = [normal(B, H, N, N) if state else torch.zeros(B, H, N, N, device=device) for _ in range(2)]
     return [r, k, v, w, u, states[0], gy, states[1]]

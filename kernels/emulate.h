@@ -21,9 +21,9 @@
 // Two bfloat16 share a register, the first in its low half.
 //
 // Emulated besides: threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync,
-// __shfl_up_sync, __shfl_down_sync (4-byte values, full warps), atomicAdd(&x[i], v). What it is not: a model of time,
-// of caches, or of the order in which a GPU's memory becomes visible. Write `float a = x[i]`: with `auto` it would be a
-// reference into a checked array, and refuse to work.
+// __shfl_up_sync, __shfl_down_sync (4-byte values), __all_sync, all these with full warps, atomicAdd(&x[i], v). What it
+// is not: a model of time, of caches, or of the order in which a GPU's memory becomes visible. Write `float a = x[i]`:
+// with `auto` it would be a reference into a checked array, and refuse to work.
 // Source: CUDA C++ Programming Guide (language extensions), PTX ISA (matrix fragments for mma.m16n8k8 and .m16n8k16).
 #pragma once
 #include <stdint.h>

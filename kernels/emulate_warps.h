@@ -1,4 +1,4 @@
-// What the 32 lanes of a warp do together: shuffles and the two matrix products of the tensor cores.
+// What the 32 lanes of a warp do together: shuffles, a vote and the two matrix products of the tensor cores.
 //
 // Every lane shows its words, waits until all lanes have, and takes what it needs. As on a GPU this orders no memory:
 // only __syncwarp and __syncthreads do. Products: inputs rounded to tf32 or bf16, multiplied exactly, added in float32.
@@ -56,7 +56,7 @@ inline int __all_sync(unsigned mask, int predicate, EMULATE_HERE) {
     const uint32_t word = predicate != 0;
     auto* shown = emulate::machine.exchange("__all_sync", &word, 1, {file, line}, mask);
     bool all = true;
-    for (int lane = 0; lane < emulate::WARP; lane++) all = all && (!(mask >> lane & 1) || shown[lane][0]);
+    for (int lane = 0; lane < emulate::WARP; lane++) all = all && shown[lane][0];
     return all;
 }
 

@@ -7,8 +7,8 @@
 //     S[j, i]  becomes  d[j]^16 S[j, i] + sum_s k_s[j] d[j]^(15-s) v_s[i]
 // No exponent is negative, so no power overflows, however fast a channel decays. To keep it so inside A too, a pair of
 // steps belongs to the level of the highest bit in which t and s differ (1, 2, 4 or 8): between them lies a multiple m
-// of that bit, d^(t-1-s) = d^(t-m) d^(m-1-s), and each level is a product of two matrices. Where all channels of a head
-// decay slowly enough for d^-16 as a factor, which is the rule, y takes all pairs at once: d^(t-1-s) = d^t d^(-1-s).
+// of that bit, d^(t-1-s) = d^(t-m) d^(m-1-s), and each level is a product of two matrices. Where the channels of a warp
+// decay slowly enough for d^-8 as a factor, which is the rule, y takes all pairs at once, around m = 8.
 //
 // Two kernels do everything, for backward in time is forward in time with other names. Q, the gradient of the state
 // after a step, becomes d Q + r_t g_t^T from one step to the step before, as S becomes d S + k_t v_t^T. So
@@ -20,7 +20,7 @@
 // Precision: state, X and all sums are float. The tensor cores' tf32 has 10 bits of fraction, as many as half and more
 // than bfloat16: what comes from those is exact, and rounding the rest costs less than rounding y to them does. Float
 // inputs are split in two tf32 (FINE below), three products for one, with errors as small as those of float sums. Two
-// exceptions: float numbers below 1e-35 lose digits in the split, and k must stay below 7e29, as d^-16 may be 5e8.
+// exceptions: float numbers below 1e-35 lose digits in the split, and as d^-8 is a factor, r and k must stay below 1e34.
 //
 // A warp keeps 16 channels of the state (values here, keys there) against all N of the other kind, in the registers of
 // the tensor cores' result: lane (g, q) = (lane / 4, lane % 4) has rows and columns g, 2 q, 2 q + 1 as in emulate.h.
@@ -31,7 +31,7 @@
 // in the registers, a factor of the next product: the state is read and written without moving a number between lanes.
 //
 // Costs at B 8, T 4096, H 64, N 64, bfloat16: forward moves 1.07 GB and multiplies for about 0.1 ms. What limits is the
-// number of instructions: each of a block's 4 warps issues some 460 a chunk (550 for fast decays, 930 for gr with gw),
+// number of instructions: each of a block's 4 warps issues some 440 a chunk (530 for fast decays, 930 for gr with gw),
 // and a processor has four blocks: hence registers for four times 128 threads (three times where X is kept). A NaN
 // spreads over its chunk.
 // Launch: grid B H, block 2 N; compute capability 8.0 or newer; any T; r.numel() < 2^31; arrays aligned to 16 bytes.
@@ -173,18 +173,17 @@ __device__ inline Decay decay_over(int steps, float log_d) {
     return {value, value > 0.5f ? (1 - value) + expm1f(steps * log_d) : 0};
 }
 
-// The powers: d[j]^e at e ROW + j for e from 0 to 15; with INVERSE also d[j]^(-1-e) at (16 + e) ROW + j.
-// far + far_rest = d^16. A thread a channel; i: its place in w and u.
-template <int N, int ROW, bool INVERSE>
+// A thread a channel; i: its place in w and u. far + far_rest = d^16. The powers, in rows of ROW numbers: d^0 to d^8; for
+// PAIRS d^-8 to d^8 and then d^7 to d^-8, so that what step t needs for r and for k lies at fixed places from row t on.
+template <int N, int ROW, bool PAIRS>
 __device__ inline void fill_tables(Shared<float> powers, Shared<float> log_d, Shared<float> bonus, Shared<float> far,
                                    Shared<float> far_rest, Global<const float> w, Global<const float> u, int i) {
     const int j = threadIdx.x;
     if (j >= N) return;
     const float log = -expf(w[i + j]);
-    for (int e = 0; e < L; e++) {
-        powers[e * ROW + j] = expf(e * log);
-        if (INVERSE) powers[(L + e) * ROW + j] = expf((-1 - e) * log);  // infinite for fast decays: nobody reads it
-    }
+    // d^-8 of fast decays is infinite: nobody reads it then
+    for (int e = PAIRS ? -8 : 0; e <= 8; e++) powers[(PAIRS ? 8 + e : e) * ROW + j] = expf(e * log);
+    for (int e = 0; PAIRS && e < L; e++) powers[(17 + e) * ROW + j] = expf((7 - e) * log);
     const Decay d = decay_over(L, log);
     log_d[j] = log;
     bonus[j] = u[i + j];
@@ -200,11 +199,9 @@ __device__ inline void fill_one_step(Shared<float> far, Shared<float> far_rest, 
     far_rest[j] = d.rest;
 }
 
-// Whether d^-16 is below exp(20) in all channels: then it may be a factor.
-template <int N> __device__ inline bool slow_decay(Shared<float> log_d) {
-    bool slow = true;
-    for (int j = threadIdx.x % 32; j < N; j += 32) slow = slow && log_d[j] >= -20.0f / L;
-    return __all_sync(0xffffffffu, slow);
+// Whether d^-8 is at most exp(10) in the warp's 16 channels, from log_d on: then it may be a factor.
+__device__ inline bool slow_decay(Shared<float> log_d) {
+    return __all_sync(0xffffffffu, log_d[threadIdx.x % 16] >= -1.25f);
 }
 
 // Blocks that a processor can hold at once: the compiler leaves 65536 registers / (blocks 2 N threads) to each.
@@ -235,11 +232,11 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
     SHARED(float, exchange, (2 * L + 12) * N);
     const Shared<float> r_far = exchange, k_far = exchange + L * N, parts = exchange + 2 * L * N;
     constexpr int ROW = N + 4;  // rows t and t + 4 use other banks of the memory
-    SHARED(float, powers, 2 * L * ROW + 4 * N);
-    const Shared<float> log_d = powers + 2 * L * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
+    SHARED(float, powers, 33 * ROW + 4 * N);
+    const Shared<float> log_d = powers + 33 * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
     fill_tables<N, ROW, true>(powers, log_d, bonus, far, far_rest, w, u, h * N);
     __syncthreads();  // the powers are there
-    const bool slow = slow_decay<N>(log_d);
+    const bool slow = slow_decay(log_d + mine);
 
     // [values: load the state]
     float S[N / 16][2][4];  // S[m][p][i]: key 16 m + 4 q + i % 2 * 2 + p, value mine + 2 g + i / 2
@@ -264,30 +261,25 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
         r_next.unpack(r_t);
         k_next.unpack(k_t);
         r_next.load_from(r, at_t + next * step, step, left - t);
-        k_next.load_from(k, at_t + next * step, step, left - t);
 
         // [values: pairs inside the chunk]
         float uk[2][4];
         const Pack<float, 4> u4 = load<4>(bonus, mine + 4 * q);
         for (int i = 0; i < 8; i++) uk[i / 4][i % 4] = u4[i % 4] * k_t[i / 4][i % 4];
         Pairs A = pair_products<FINE, true, false>(r_t, uk);
-        if (slow) {  // d^(t-1-s) = d^t d^(-1-s)
+        if (slow) {  // around step 8: d^(t-1-s) = d^(t-8) d^(7-s)
             for (int i = 0; i < 2; i++) {
-                const Pack<float, 4> fall = load<4>(powers, (t + 8 * i) * ROW + mine + 4 * q);
-                const Pack<float, 4> rise = load<4>(powers, (L + t + 8 * i) * ROW + mine + 4 * q);
-                for (int e = 0; e < 4; e++) {
-                    r_t[i][e] *= fall[e];
-                    k_t[i][e] *= rise[e];
-                    if (!FINE) r_t[i][e] = __uint_as_float(to_tf32(r_t[i][e]));
-                }
+                const Pack<float, 4> since = load<4>(powers, (t + 8 * i) * ROW + mine + 4 * q);
+                const Pack<float, 4> until = load<4>(powers, (17 + t + 8 * i) * ROW + mine + 4 * q);
+                for (int e = 0; e < 4; e++) r_t[i][e] *= since[e], k_t[i][e] *= until[e];
             }
-            const Pairs fresh = pair_products<FINE, true, false>(r_t, k_t);
+            const Pairs fresh = pair_products<FINE, false, false>(r_t, k_t);
             for (int c = 0; c < 2; c++) {
                 if (levels[c] > 0) A.upper[c] = fresh.upper[c], A.lower[c] = fresh.lower[c];
                 A.left[c] = fresh.left[c];
             }
-            const Pack<float, 4> d = load<4>(far, mine + 4 * q);
-            for (int i = 0; i < 8; i++) k_t[i / 4][i % 4] *= d[i % 4];
+            const Pack<float, 4> d = load<4>(powers, 16 * ROW + mine + 4 * q);
+            for (int i = 0; i < 8; i++) r_t[i / 4][i % 4] *= d[i % 4], k_t[i / 4][i % 4] *= d[i % 4];
         } else {  // with each level r and k take on one more d^bit: r where the step has the bit, k where it has not
 #pragma unroll
             for (int n = 0; n < 4; n++) {
@@ -298,13 +290,12 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
                     if (levels[c] == bit) A.upper[c] = fresh.upper[c], A.lower[c] = fresh.lower[c];
                     if (bit == 8) A.left[c] = fresh.left[c];
                 }
-                const Pack<float, 4> d = load<4>(powers, bit * ROW + mine + 4 * q);
+                const Pack<float, 4> d = load<4>(powers, (8 + bit) * ROW + mine + 4 * q);
                 for (int i = 0; i < 8; i++) {
                     if ((t + i / 4 * 8) & bit) r_t[i / 4][i % 4] *= d[i % 4];
                     if (!((t + i / 4 * 8) & bit)) k_t[i / 4][i % 4] *= d[i % 4];
                 }
             }
-            for (int i = 0; i < 8 && !FINE; i++) r_t[i / 4][i % 4] = __uint_as_float(to_tf32(r_t[i / 4][i % 4]));
         }
         for (int c = 0; c < 2; c++) {
             if (levels[c] < 0) A.upper[c] = A.lower[c] = 0;
@@ -312,7 +303,11 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
 
         // [values: give the others their share]
         // By now r_t is r_t d^t, and k_s is k_s d^(15-s).
-        for (int i = 0; i < 8 && !FINE; i++) k_t[i / 4][i % 4] = __uint_as_float(to_tf32(k_t[i / 4][i % 4]));
+        for (int i = 0; i < 8 && !FINE; i++) {
+            r_t[i / 4][i % 4] = __uint_as_float(to_tf32(r_t[i / 4][i % 4]));
+            k_t[i / 4][i % 4] = __uint_as_float(to_tf32(k_t[i / 4][i % 4]));
+        }
+        k_next.load_from(k, at_t + next * step, step, left - t);  // not before: registers are short above
         __syncthreads();  // all warps are done with the last chunk's
         share_rows(r_far, warp, r_t);
         share_columns(k_far, warp, k_t, t);
@@ -425,8 +420,8 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
     // [keys: shared memory]
     SHARED(float, exchange, (2 * L + 12) * N);
     const Shared<float> g_all = exchange, v_all = exchange + L * N, parts = exchange + 2 * L * N;
-    SHARED(float, powers, (L + 4) * N);
-    const Shared<float> log_d = powers + L * N, bonus = log_d + N, far = bonus + N, far_rest = far + N;
+    SHARED(float, powers, 13 * N);
+    const Shared<float> log_d = powers + 9 * N, bonus = log_d + N, far = bonus + N, far_rest = far + N;
     fill_tables<N, N, false>(powers, log_d, bonus, far, far_rest, w, u, h * N);
     // No barrier: the powers are read after the first one of a chunk.
 

@@ -206,7 +206,9 @@ class TrainConfig:
                          "run that is started again goes on from the newest rwkv-N.pth, weights alone")
         elif self.save_state and self.strategy.startswith(("deepspeed", "fsdp")):
             notes.append(f"save_state: with strategy={self.strategy!r} each .state is put together in the RAM of the "
-                         "first process, 12 bytes a parameter; save_state=False writes none")
+                         "first process, 12 bytes a parameter, three of them lie on the disk while one is written, and "
+                         "a run that goes on reads one in each process; save_minutes=0 writes fewer, save_state=False "
+                         "none")
         if self.dim_att != self.n_embd:
             notes.append(f"dim_att={self.dim_att} trains, but the official trainer and the `rwkv` package stop at a "
                          f"model where it is not n_embd={self.n_embd}")

@@ -135,7 +135,8 @@ class RunBook(pl.Callback):
         """Whether it is time for a state within the mini-epoch: the same answer in every process."""
         every, minutes = self.cfg.save_steps, self.cfg.save_minutes
         late = minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
-        if trainer.world_size > 1 and minutes > 0:  # their clocks differ
+        if trainer.world_size > 1 and minutes > 0:  # the first one's clock counts: it knows when it had written
+            late = late and trainer.is_global_zero
             asked = trainer.global_step % AGREE_EVERY == 0
             late = asked and trainer.strategy.reduce_boolean_decision(late, all=False)
         return late or (every > 0 and trainer.global_step % every == 0)
@@ -151,8 +152,7 @@ class RunBook(pl.Callback):
             everyone: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, ranks[0])
             ranks = everyone
-        self._last_save, before = time.monotonic(), self._saved_at
-        self._saved_at = (self._epoch, self._batches)
+        before, self._saved_at = self._saved_at, (self._epoch, self._batches)
         weights, optimizer = whole_state(trainer, pl_module.model)
         if not trainer.is_global_zero:
             return None
@@ -172,6 +172,8 @@ class RunBook(pl.Callback):
                 raise
             warnings.warn(f"{error}; the run goes on", stacklevel=2)
             return None
+        finally:
+            self._last_save = time.monotonic()  # now, as a large state takes minutes
         self._ours.add(path)
         aside = prune_states(self.folder, self._ours, self._began, self.cfg.epoch_steps)
         if aside and self.cfg.my_pile_stage >= 2:  # stage 0 begins anew, and its files are overwritten one by one

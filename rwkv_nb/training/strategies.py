@@ -82,13 +82,19 @@ def full_weights(strategy: Strategy, model: torch.nn.Module) -> dict[str, torch.
     if _zero_stage(strategy) == 3:
         import deepspeed
 
-        weights = {}
+        weights = saved_buffers(model)
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
                 if strategy.is_global_zero:
                     weights[name] = parameter.detach().to("cpu", copy=True)
         return weights
     return model.state_dict()
+
+
+def saved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> what a checkpoint holds besides parameters (masks), on the CPU; no strategy cuts them."""
+    saved = model.state_dict().keys()
+    return {name: tensor.to("cpu", copy=True) for name, tensor in model.named_buffers() if name in saved}
 
 
 def _zero_stage(strategy: Any) -> int:

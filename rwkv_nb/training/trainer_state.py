@@ -89,6 +89,8 @@ class TrainerState:
                   if name in self.flags and name in now and self.flags[name] != now[name]]  # fmt: skip
         if n_tokens != self.n_tokens:
             differ.append(f"the data has {n_tokens} tokens, it had {self.n_tokens}")
+        if cfg.strategy.endswith("_nvme"):
+            differ.append(f"strategy={cfg.strategy}, which keeps Adam's state on a disk, cannot take one over")
         if len(self.ranks) != cfg.devices * cfg.num_nodes:
             differ.append(f"{cfg.devices * cfg.num_nodes} processes, it was {len(self.ranks)}")
         return "; ".join(differ)
@@ -100,11 +102,14 @@ class TrainerState:
                 if name in now and name not in unsaid and value != now[name]]  # fmt: skip
 
     def belongs_to(self, weights: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a checkpoint's weights are these, rounded to its dtype; bit by bit, so that nan equals nan."""
+        """Whether a checkpoint's weights are these, rounded to its dtype; bit by bit, so that nan equals nan.
+
+        Of zeros the sign does not matter: DeepSpeed loses it when it adds pieces up.
+        """
         if weights.keys() != self.weights.keys():
             return False
         pairs = ((self.weights[name].to(tensor.dtype), tensor) for name, tensor in weights.items())
-        return all(a.shape == b.shape and torch.equal(_bytes(a), _bytes(b)) for a, b in pairs)
+        return all(a.shape == b.shape and torch.equal(_bytes(a + 0), _bytes(b + 0)) for a, b in pairs)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 It is: functions that every process calls. A run that cuts nothing gives a copy; the pieces of fsdp and DeepSpeed are
 put together in the RAM of the first process (12 bytes a parameter), so that one file holds the state of any run and
-another strategy can go on from it. It is not: the file (trainer_state.py), nor the folders of pieces that torch and
+another strategy, with as many processes, can go on from it. DeepSpeed's come one parameter at a time; FSDP needs 4
+bytes a parameter on each GPU for it. It is not: the file (trainer_state.py), nor the folders of pieces that torch and
 DeepSpeed can write, which fit the same strategy alone and, DeepSpeed's, hold pickled code.
 
 Source: torch.distributed.fsdp; `safe_get_full_...` of deepspeed/utils/tensor_fragment.py.
@@ -20,6 +21,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
 
 from rwkv_nb.model.weights import strip_prefix
+from rwkv_nb.training.strategies import saved_buffers
 from rwkv_nb.training.trainer_state import alone, model_weights, optimizer_state, restore_optimizer
 
 Entries = dict[str, dict[str, Any]]  # official name of a parameter -> step, exp_avg, exp_avg_sq
@@ -30,21 +32,26 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # o
 def can_be_whole(strategy: Strategy) -> bool:
     """Whether the functions below know this strategy; not one that keeps the optimizer on a disk."""
     if isinstance(strategy, DeepSpeedStrategy):
-        offload = strategy.config.get("zero_optimization", {}).get("offload_optimizer") or {}
-        return offload.get("device") != "nvme"
+        zero = strategy.config.get("zero_optimization", {})
+        return zero.get("stage", 0) in (1, 2, 3) and (zero.get("offload_optimizer") or {}).get("device") != "nvme"
     return isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy)
 
 
 def whole_state(trainer: pl.Trainer, model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], Entries]:
-    """(weights in float32, what Adam remembers), by official names, on the CPU; of use in the first process only."""
+    """(weights in float32, what Adam remembers), by official names, on the CPU; empty but for the first process."""
     strategy, optimizer = trainer.strategy, trainer.optimizers[0]
     if isinstance(strategy, DeepSpeedStrategy):
         return _collect(optimizer, model, trainer.is_global_zero)
     if isinstance(strategy, FSDPStrategy):
         with _whole_fsdp(strategy.model, rank0_only=True):
             found = strategy.model.optim_state_dict(strategy.model, optimizer).get("state", {})
+        weights = strategy.lightning_module_state_dict()
+        if not trainer.is_global_zero:
+            return {}, {}
         entries = {strip_prefix(name): {k: alone(v) for k, v in entry.items()} for name, entry in found.items()}
-        return model_weights(strategy.lightning_module_state_dict()), entries
+        return model_weights(weights), entries
+    if not trainer.is_global_zero:
+        return {}, {}
     return model_weights(model.state_dict()), optimizer_state(optimizer, model)
 
 
@@ -70,8 +77,8 @@ def restore_whole(
 def loss_scale(trainer: pl.Trainer) -> dict[str, Any]:
     """What fp16's loss scale has learnt; empty with another precision."""
     if isinstance(trainer.strategy, DeepSpeedStrategy):
-        scaler = getattr(trainer.optimizers[0], "loss_scaler", None)
-        return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
+        scaler = trainer.optimizers[0].loss_scaler
+        return {name: getattr(scaler, name) for name in _SCALER} if scaler.dynamic else {}
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler.state_dict() if scaler is not None else {}
 
@@ -108,7 +115,7 @@ def _collect(zero: Any, model: torch.nn.Module, first: bool) -> tuple[dict[str, 
     steps = [entry["step"] for entry in zero.optimizer.state.values() if "step" in entry]  # none before the first step
     if steps:
         _link(zero)
-    weights, entries = {}, {}
+    weights, entries = model_weights(saved_buffers(model)) if first else {}, {}
     for long, parameter in model.named_parameters():
         name, entry = strip_prefix(long), {}
         for key in ("", *(MOMENTS if steps else ())):
@@ -124,7 +131,7 @@ def _collect(zero: Any, model: torch.nn.Module, first: bool) -> tuple[dict[str, 
 
 
 def _distribute(zero: Any, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], saved: Entries) -> None:
-    """To DeepSpeed's optimizer, which has made float32 copies of weights that it had rounded before."""
+    """To DeepSpeed's optimizer. Its float32 weights were made from rounded ones: these replace them."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -159,14 +166,25 @@ def _make_room(zero: Any, step: float) -> None:
 def _link(zero: Any) -> None:
     """Tell each parameter of stages 1 and 2 where its moments are. DeepSpeed does it after the first step of the first
     group, when the other groups have none yet, and never again."""
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+    if hasattr(zero, "single_partition_of_fp32_groups"):
+        if not hasattr(zero, "_hp_optimizer_states_linked"):
+            raise _unknown_deepspeed()
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def _flat_weights(zero: Any) -> Iterable[torch.Tensor]:
-    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    return next(getattr(zero, name) for name in names if hasattr(zero, name))  # stage 3; 1 and 2; 1 with bfloat16
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # stage 3; stages 1 and 2
+        if hasattr(zero, name):
+            return getattr(zero, name)
+    raise _unknown_deepspeed()
+
+
+def _unknown_deepspeed() -> RuntimeError:
+    import deepspeed
+
+    return RuntimeError(f"DeepSpeed {deepspeed.__version__} keeps its weights in another way; use the version in "
+                        "constraints.txt, or save_state=False and resume=weights")  # fmt: skip
 
 
 def _piece(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:

@@ -52,28 +52,33 @@ def supports(N: int) -> None:
 
 
 def saved_shape(B: int, T: int, H: int, N: int, chunk: int = CHUNK) -> tuple[int, ...]:
-    """What `forward` keeps for `backward`: the states between chunks. Room for them; they lie there slice by slice."""
+    """What `forward` keeps for `backward`: for each slice what its way wants to have, C + 1 states for C chunks of a
+    part. They lie there slice by slice."""
     return (sum((end - start) // length + 1 for start, end, length in parts(T, chunk)), B, H, N, N)
 
 
 def _pieces(w: Tensor, shape: tuple[int, ...], dtype: torch.dtype, saved: Tensor | None, chunk: int) -> Iterator[tuple]:
-    """The pieces of a call, (way, (batch, time, heads), room for the states between chunks), each part in a list."""
+    """The pieces of a call, (way, (batch, time, heads), room for C + 1 states), each part in a list.
+
+    Without `saved` the pieces of a part share one room, which each may use while it is worked off.
+    """
     B, T, H, N = shape
-    first = 0
+    first, strongest = 0, torch.exp(w.detach().double()).amax(1).tolist() if N else [0.0] * H  # asked of a GPU once
     for start, end, length in parts(T, chunk):
         n = (end - start) // length + 1
-        room = None if saved is None else saved[first : first + n].view(-1)
         heads = max(1, min(H, SLICE // max(1, (end - start) * N)))
         rows = max(1, min(B, SLICE // max(1, (end - start) * N * H))) if heads == H else 1
+        most = n * heads * rows * N * N
+        room = w.new_empty(most, dtype=dtype) if saved is None else saved[first : first + n].view(-1)
         found, used = [], 0
         for h in range(0, H, heads):
-            mine = w[h : h + heads]
-            way = (Middle if fits(mine, length) else Halving)(mine, length, dtype)
+            mine, fastest = w[h : h + heads], max(strongest[h : h + heads])
+            way = Middle(mine, length, dtype) if fits(fastest, length) else Halving(mine, length, dtype, fastest)
             for b in range(0, B, rows):
                 size = (n, min(rows, B - b), len(mine), N, N)
                 count = size[0] * size[1] * size[2] * N * N
-                S = mine.new_empty(size, dtype=dtype) if room is None else room[used : used + count].view(size)
-                used += count
+                S = room[used : used + count].view(size)
+                used += count if saved is not None else 0
                 found.append((way, (slice(b, b + rows), slice(start, end), slice(h, h + heads)), S))
         first += n
         yield found
@@ -100,7 +105,8 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of all six inputs, in the order of the arguments."""
     gr, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, v))
-    glast, dtype = zeros_if_none(glast, r), working_dtype(r)
+    dtype = saved.dtype
+    glast = zeros_if_none(glast, r).to(dtype)
     gw, gu = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(u, dtype=dtype)
     for part in reversed(list(_pieces(w, r.shape, dtype, saved, chunk))):
         gfirst = torch.empty_like(glast)
@@ -121,21 +127,25 @@ class _WKV5(torch.autograd.Function):
     def forward(ctx, r, k, v, w, u, state, chunk):
         saved = state.new_empty(saved_shape(*r.shape, chunk))
         ctx.chunk = chunk
-        y, last = forward(r, k, v, w, u, state, saved, chunk)
+        with torch.autocast(r.device.type, enabled=False):  # else products would be rounded to half precision
+            y, last = forward(r, k, v, w, u, state, saved, chunk)
         ctx.save_for_backward(r, k, v, w, u, state, saved)
         return y, last if last is not state else state.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, glast):
-        with torch.autocast(gy.device.type, enabled=False):  # as in the forward pass, wherever backward is called
+        with torch.autocast(gy.device.type, enabled=False):  # wherever backward is called
             return *backward(*ctx.saved_tensors, gy, glast, ctx.chunk), None
 
 
 def wkv5_chunked(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, *, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """The operator in chunks, for any T. Shapes and dtypes as in `rwkv_nb.wkv.wkv5`; `chunk` is a power of two."""
+    """The operator in chunks, for any T. Shapes and dtypes as in `rwkv_nb.wkv.wkv5`; `chunk` is a power of two.
+
+    For the derivatives T / chunk states are kept, with N numbers a step of each head for each `chunk` / N.
+    """
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"wkv5_chunked: chunk = {chunk} is not a power of two; use 16, 32 or 64")
     B, _, H, N = r.shape

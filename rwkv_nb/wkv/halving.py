@@ -59,9 +59,8 @@ class Pairs(NamedTuple):
 class Halving(Powers):
     """Tensors r, k, v, gy and results are slices (b, T, h, N); u (h, N); states (b, h, N, N); S (C+1, b, h, N, N)."""
 
-    def __init__(self, w: Tensor, chunk: int, dtype: torch.dtype):
+    def __init__(self, w: Tensor, chunk: int, dtype: torch.dtype, strongest: float):
         super().__init__(w, chunk, dtype)
-        strongest = float(-self.log_d.min()) if w.numel() else 0.0
         self.block = chunk
         while self.block > 1 and self.block // 2 * strongest > EXPONENT:
             self.block //= 2

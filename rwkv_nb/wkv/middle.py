@@ -11,7 +11,7 @@ P(L) S + sum_s P(L-1-s) k_s v_s^T, that is E' = P(L) (E + sum_s k'_s v_s^T). So 
     y = r' E + (A + D) v,   A = r' k'^T below the diagonal,   D_t = u d . r'_t k'_t on it (the step itself)
 
 What it is not: safe for every decay. Factors grow to P(-m); `fits` says whether they stay below 5e8, with which
-nothing is lost in float32. `halving.py` is the way for the others.
+nothing is lost in float32 (unless r or k are beyond 1e29). `halving.py` is the way for the others.
 
 *Derivatives.* With X the gradient of E, W that of E + sum k' v^T: X = W + r'^T gy, and W = P(L) X of the next chunk.
 P(n) = exp(n l) with l = log d, so that n x g, summed up, goes to l for a factor x = r P(n) with gradient g. D brings
@@ -28,12 +28,13 @@ from torch import Tensor
 from .powers import Powers, product_
 
 EXPONENT = 20.0  # exp(20) = 5e8: factors up to this size lose nothing in float32
-STRONG = 0.625  # -log d. With stronger decays what all n x g add up to is far smaller than they are
+# The gradient of log d is a small difference of large n x g, as some n are negative: beyond this -log d it loses too
+# many digits in float32. Only for chunks below 64 is it the narrower limit.
+STRONG = 0.625
 
 
-def fits(w: Tensor, chunk: int) -> bool:
-    """Whether chunks of this length may be worked off around their middles, whatever r, k and v are."""
-    strongest = float(torch.exp(w.detach().double()).max()) if w.numel() else 0.0
+def fits(strongest: float, chunk: int) -> bool:
+    """Whether chunks of this length may be worked off around their middles; strongest: the largest -log d there is."""
     return strongest <= min(STRONG, EXPONENT / ((chunk + 1) // 2))
 
 
@@ -70,9 +71,9 @@ class Middle(Powers):
         for (later, earlier), between in zip(pairwise(reversed(X.unbind())), reversed(W.unbind()), strict=True):
             earlier.add_(torch.mul(later, self.whole, out=between))
         grp, gkp, gvs = gy @ S[:-1].transpose(-1, -2), v @ W.transpose(-1, -2), kp @ W
-        # P(L) of E' = P(L) (E + ...), where W is P(L) X; then P(m) and P(-m) at the two ends
-        glog = self.L * (self.power(-self.L).squeeze(-1) * W.mul_(S[1:]).sum((0, 1, 4)))
-        glog += self.m * (S[0] * X[0] - S[-1] * X[-1]).sum((0, 3))
+        gfirst = X[0] * self.to_middle
+        ends = X.mul_(S).sum((1, 4))  # (C+1, h, N): of P(L) after each chunk, of P(m) and P(-m) at the two ends
+        glog = self.L * ends[1:].sum(0) + self.m * (ends[0] - ends[-1])
 
         A, ud, rk = (rp @ kp.transpose(-1, -2)).tril_(-1), (u * self.d)[:, None], rp * kp
         _diagonal(A).copy_((rk * ud).sum(-1))
@@ -90,7 +91,7 @@ class Middle(Powers):
         self.store(gr, grp, self.r_power)
         self.store(gk, gkp, self.k_power)
         self.store(gv, gvs)
-        return glog, gu, X[0] * self.to_middle
+        return glog, gu, gfirst
 
 
 def _diagonal(A: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """fsdp and DeepSpeed's stages with two processes: the losses and weights of ddp (which test_two_processes.py tests).
 
-On processors, where torch and DeepSpeed do all that they do on GPUs, but slowly: worker_without_gpu.py says what is
-told to whom. Tests on a GPU are in test_gpu.py.
+On processors, where torch and DeepSpeed cut, send and put together as they do on GPUs: worker_without_gpu.py says what
+differs. Tests on a GPU are in test_gpu.py. `fsdp_cpu_offload` is in neither.
 """
 
 import importlib.util
@@ -30,6 +30,9 @@ KINDS = {
     "collected": {"precision": "fp32", "accumulate_grad_batches": 2, "my_exit_tokens": 8 * 4 * CTX, "grad_cp": 1,
                   "val_split": 0.2, "val_every": 2, "magic_prime": 59},
     "bf16": {"precision": "bf16", "my_exit_tokens": 8 * 4 * CTX},
+    "three": {"precision": "fp32", "my_exit_tokens": 8 * 6 * CTX},
+    "beside": {"precision": "fp16", "my_pile_stage": 0, "epoch_steps": 4, "epoch_save": 1, "my_exit": 0,
+               "magic_prime": 0, "head_qk": 16, "vocab_size": 4096},
     "fp16": {"precision": "fp16", "my_exit_tokens": 16 * 4 * CTX},
 }  # fmt: skip
 pytestmark = [
@@ -155,3 +158,33 @@ def test_float16_finds_its_loss_scale_and_keeps_it(strategy, scale, base):
     assert not torch.equal(whole[2]["head.weight"].float(), began["head.weight"].half().float())
     state = goes_on_bit_for_bit(base, strategy, "fp16", stopped, whole)
     assert 1 <= state.scaler[scale] < 2**16
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_pieces_that_are_filled_up(strategy, base):
+    """Three processes: no tensor can be divided by three, so that the last pieces have numbers of nobody."""
+    folder, flags = base
+    base = folder, {**flags, "devices": 3}
+    whole, stopped = run(base, strategy, ("three", "whole", {}), ("three", "stopped", stops_in(3)))
+    [(losses, _, weights, _)] = run(base, "ddp", ("three", "whole", {}))
+    assert whole[0] == pytest.approx(losses, rel=2e-5)
+    close(weights, whole[2], 1e-3, 1e-4)
+    goes_on_bit_for_bit(base, strategy, "three", stopped, whole)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_the_state_beside_a_checkpoint_belongs_to_it(strategy, base):
+    """Masks are in both; tokens that the data lacks keep zeros of either sign in emb.weight."""
+    [(*_, folder)] = run(base, strategy, ("beside", "beside", {}))
+    saved = load_checkpoint(folder / "rwkv-0.pth")
+    assert "copy_mask" in saved and ((saved["emb.weight"] == 0) & saved["emb.weight"].signbit()).any()
+    assert TrainerState.load(folder / "rwkv-0.state").belongs_to(saved)
+
+
+def test_a_disk_that_fails_ends_every_process(base):
+    folder, flags = base
+    full = folder / "deepspeed_stage_3-full-plain"
+    shutil.copytree(folder / "begin", full / "run")
+    (full / "run" / "rwkv-0.8.state").mkdir()  # neither the state nor anything else can take this name
+    with pytest.raises(AssertionError, match="rwkv-0.8.state"):
+        run(base, "deepspeed_stage_3", ("plain", "full", {}))

@@ -37,8 +37,8 @@ def flags(tmp_path):
     return {
         "data_file": str(tmp_path / "data"), "data_type": "binidx", "vocab_size": 64, "ctx_len": 16, "devices": 1,
         "my_pile_stage": 3, "magic_prime": 71, "accelerator": ACCELERATOR, "strategy": "auto", "precision": "bf16",
-        "micro_bsz": 4, "n_layer": 2, "n_embd": 64, "lr_init": 2e-3, "lr_final": 1e-4, "warmup_steps": 2, "weight_decay": 0.01,
-        "random_seed": 5, "my_exit_tokens": 8 * 4 * 16,
+        "micro_bsz": 4, "n_layer": 2, "n_embd": 64, "lr_init": 2e-3, "lr_final": 1e-4, "warmup_steps": 2,
+        "weight_decay": 0.01, "random_seed": 5, "my_exit_tokens": 8 * 4 * 16,
     }  # fmt: skip
 
 

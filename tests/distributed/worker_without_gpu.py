@@ -1,7 +1,8 @@
 """worker.py with fsdp and DeepSpeed on processors: Lightning, torch and the trainer's rules are told that it is fine.
 
 The strategies are the real ones. The processes talk over gloo, parameters, gradients and Adam's state are cut, gathered
-and put together again by torch and DeepSpeed. What is not there: a GPU's kernels and memory, and NCCL.
+and put together again by torch and DeepSpeed. What is not there: a GPU's kernels, streams and memory, and NCCL; the
+copy of whole tensors from a GPU to the CPU. What is replaced: FSDP's autocast, by that of a processor.
 """
 
 import functools

@@ -9,6 +9,8 @@ __global__ void wkv5_words_shuffles(Global<float> y) {
     float sum = i;
     for (int n = 16; n > 0; n /= 2) sum += __shfl_xor_sync(0xffffffff, sum, n);
     y[96 + i] = sum;
+    y[128 + i] = __all_sync(0xffffffff, sum == 496) ? 1 : 0;
+    y[160 + i] = __all_sync(0xffffffff, i != 7) ? 1 : 0;
 }
 __global__ void wkv5_words_convert(Global<const float> x, Global<__half> h, Global<__nv_bfloat16> b,
                                    Global<float> back) {

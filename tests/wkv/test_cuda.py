@@ -17,7 +17,9 @@ KERNELS = ["plain", "chunked"]
 def inputs(B=2, T=37, H=2, N=64, dtype=torch.float32, device="cpu"):
     g = torch.Generator().manual_seed(T)
     r, k, v = (torch.randn(B, T, H, N, generator=g).to(device, dtype) for _ in range(3))
-    w = torch.empty(H, N).uniform_(-6, 1, generator=g).to(device)
+    w = torch.empty(H, N).uniform_(-6, 1, generator=g)
+    w[::2] -= 2  # in every other head all channels are slow
+    w = w.to(device)
     u, state = (torch.randn(*shape, generator=g).to(device) for shape in ((H, N), (B, H, N, N)))
     return [r, k, v, w, u, state]
 

@@ -41,7 +41,20 @@ def test_equals_float64(N, dtype, T):
     check(inputs(2 if N < 64 else 1, T, 2 if N < 64 else 1, N, dtype=dtype, seed=T))
 
 
-# d^-16 is below exp(20) up to w = 0.223
+@pytest.mark.parametrize(("N", "dtype"), INSTANCES)
+@pytest.mark.parametrize("T", [5, 40])
+def test_slow_decays_equal_float64(N, dtype, T):
+    """All channels of a warp slow: pairs of steps are taken at once."""
+    check(inputs(1, T, 2, N, w=(-6.0, -1.0), dtype=dtype, seed=T))
+
+
+def test_each_warp_decides_for_its_channels():
+    x = inputs(1, 40, 1, 64, dtype=torch.bfloat16, w=(-6.0, -1.0))
+    x[3][0, 20] = 2.0  # in the second of four warps
+    check(x)
+
+
+# d^-8 is at most exp(10) up to w = 0.223
 @pytest.mark.parametrize("w", [(x, x) for x in (-10.0, -5.0, 0.0, 0.22, 0.23, 2.0, 4.0)])
 def test_every_decay_alone(w):
     check(inputs(1, 70, 1, 16, w=w))
@@ -116,19 +129,24 @@ def test_every_barrier_is_needed_and_missed():
     assert len(COPIES) == 9
     N, T = 32, 37
     values, keys = arguments_of(N, T, inputs(1, T, 1, N, dtype=torch.bfloat16))
+    slow = inputs(1, T, 1, N, w=(-6.0, -1.0))[3]
     launches = {}
+    assert values["w"].max() > 1 and slow.max() < 0
     for name, (kernel, _) in COPIES.items():
         arguments = {}
         for key, value in (values if kernel == "wkv5_values" else keys).items():
             fresh = key in ("y", "last", "gr", "gw", "gu")  # each copy writes into arrays of its own
             arguments[f"{name}_{key}" if fresh else key] = value.clone() if fresh else value
-        launches[name] = [  # whole chunks and a rest; whole chunks alone
-            Launch(f"{name}<{N}, __nv_bfloat16, false>", 1, 2 * N, arguments | {"steps": steps}) for steps in (T, 32)
-        ]
+        for case, steps, w in ((0, T, values["w"]), (1, 32, values["w"]), (2, T, slow)):  # a rest or none; fast or slow
+            given = arguments | {"steps": steps, "w": w}
+            launches[name, case] = [Launch(f"{name}<{N}, __nv_bfloat16, false>", 1, 2 * N, given)]
     source = emulated.read_source(SOURCE) + "\n".join(text for _, text in COPIES.values())
-    found = {}
-    for several in launches.values():  # one by one: a race may lead a warp's lanes apart, and the program ends there
-        found |= {race.kernel: race for race in emulator.launch(source, several).races}
+    found, by_case = {}, {}
+    for (_, case), several in launches.items():  # one by one: a race may lead a warp's lanes apart, which ends it all
+        races = emulator.launch(source, several).races
+        found |= {race.kernel: race for race in races}
+        by_case.setdefault(case, set()).update(race.kernel for race in races)
     missing = [name for name in COPIES if name not in found]
     assert not missing, missing
+    assert by_case[2] == by_case[0], "the path of slow decays needs the same barriers"
     assert all(race.space == "shared" and race.threads[0] != race.threads[1] for race in found.values())

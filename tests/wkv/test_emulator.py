@@ -204,7 +204,7 @@ def words():
     m = {n: torch.randn(shape, generator=g) for n, shape in names.items()}
     n = x.numel()
     launches = [
-        Launch("wkv5_words_shuffles", 1, 32, {"warp": torch.zeros(128)}),
+        Launch("wkv5_words_shuffles", 1, 32, {"warp": torch.zeros(192)}),
         Launch(
             "wkv5_words_convert", n // 256, 256, {"x": x, "h": x.half(), "b": x.bfloat16(), "back": torch.zeros(2 * n)}
         ),
@@ -221,11 +221,12 @@ def words():
 
 
 def test_shuffles(words):
-    y = words[0]["warp"].view(4, 32).tolist()
+    y = words[0]["warp"].view(6, 32).tolist()
     assert y[0] == [i // 8 * 8 + 3 for i in range(32)]
     assert y[1] == [max(i - 1, 0) for i in range(32)]
     assert y[2] == [i + 2 if i % 16 < 14 else i for i in range(32)]
     assert y[3] == [496.0] * 32
+    assert y[4] == [1.0] * 32 and y[5] == [0.0] * 32, "of all lanes: all, and all but one"
 
 
 def test_half_precision_rounds_as_torch_does(words):
