@@ -12,7 +12,9 @@ from rwkv_nb.training import whole_state
 def plain_trainer(model, scaler=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     plugin = SimpleNamespace(scaler=scaler)
-    return SimpleNamespace(strategy=SingleDeviceStrategy("cpu"), optimizers=[optimizer], precision_plugin=plugin)
+    return SimpleNamespace(
+        strategy=SingleDeviceStrategy("cpu"), optimizers=[optimizer], precision_plugin=plugin, is_global_zero=True
+    )
 
 
 def test_moments_go_by_name_and_come_back():
@@ -28,6 +30,8 @@ def test_moments_go_by_name_and_come_back():
     whole_state.restore_whole(other, model, weights, entries)
     again = whole_state.whole_state(other, model)[1]
     assert all(torch.equal(again[name][key], value) for name, entry in entries.items() for key, value in entry.items())
+    other.is_global_zero = False
+    assert whole_state.whole_state(other, model) == ({}, {}), "the other processes of ddp have no use for a copy"
 
 
 def test_a_loss_scale_of_another_kind_begins_anew():
