@@ -126,7 +126,7 @@ def goes_on_bit_for_bit(base, strategy, kind, stopped, whole):
     state = TrainerState.load(folder / f"rwkv-0.{done}.state")
     [(second, _, weights, _)] = run(base, strategy, (kind, "stopped", {}))
     if strategy.endswith("_offload"):  # DeepSpeed's Adam for processors computes beta^n in another way when it begins
-        assert second == pytest.approx(whole[0][done:], rel=1e-5)
+        assert second == pytest.approx(whole[0][done:], rel=2e-4)
         close(whole[2], weights, 0.02, 2e-3)
         return state
     assert second == whole[0][done:], "the resumed run is the uninterrupted one"
