@@ -85,7 +85,10 @@ class Halving(Powers):
         self.store(y, out)
         return S[-1]
 
-    def backward(self, r, k, v, u, S, gy, glast, gr_to, gk_to, gv_to) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, r: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor, gy: Tensor, glast: Tensor,
+        gr_to: Tensor, gk_to: Tensor, gv_to: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Fill the last three; returns the gradients of log d and u (h, N), and of the first state."""
         r, k, v, gy = (self.load(x) for x in (r, k, v, gy))
         rd, kd = r * self.r_power, k * self.k_power

@@ -62,7 +62,10 @@ class Middle(Powers):
         self.store(y, out)
         return S[-1] * self.from_middle
 
-    def backward(self, r, k, v, u, S, gy, glast, gr, gk, gv) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, r: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor, gy: Tensor, glast: Tensor,
+        gr: Tensor, gk: Tensor, gv: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Fill gr, gk, gv; returns the gradients of log d and u (h, N), and of the first state."""
         rp, kp, v, gy = self.load(r, self.r_power), self.load(k, self.k_power), self.load(v), self.load(gy)
         X, W = torch.empty_like(S), torch.empty_like(S[1:])
