@@ -118,13 +118,12 @@ def _collect(zero: Any, model: torch.nn.Module, first: bool) -> tuple[dict[str, 
     weights, entries = model_weights(saved_buffers(model)) if first else {}, {}
     for long, parameter in model.named_parameters():
         name, entry = strip_prefix(long), {}
-        for key in ("", *(MOMENTS if steps else ())):
-            read = safe_get_full_optimizer_state if key else safe_get_full_fp32_param
-            whole = read(parameter, *([key] if key else []))
-            if first:
-                entry[key] = alone(whole)
+        weight = safe_get_full_fp32_param(parameter)
+        for key in MOMENTS if steps else ():
+            whole = safe_get_full_optimizer_state(parameter, key)
+            entry[key] = alone(whole) if first else None
         if first:
-            weights[name] = entry.pop("")
+            weights[name] = alone(weight)
             if steps:
                 entries[name] = {"step": torch.tensor(float(steps[0])), **entry}
     return weights, entries
@@ -143,13 +142,12 @@ def _distribute(zero: Any, model: torch.nn.Module, weights: Mapping[str, torch.T
         _make_room(zero, max(float(entry["step"]) for entry in saved.values()))
     for long, parameter in model.named_parameters():
         name, local = strip_prefix(long), hasattr(parameter, "ds_id")  # of stage 3: a process sees its piece alone
-        for key, value in (("", weights[name]), *((key, saved[name][key]) for key in MOMENTS if name in saved)):
-            if local:
-                write = safe_set_local_optimizer_state if key else safe_set_local_fp32_param
-                value = _piece(parameter, value)
-            else:
-                write = safe_set_full_optimizer_state if key else safe_set_full_fp32_param
-            write(parameter, value, *([key] if key else []))
+        set_weight = safe_set_local_fp32_param if local else safe_set_full_fp32_param
+        set_moment = safe_set_local_optimizer_state if local else safe_set_full_optimizer_state
+        set_weight(parameter, _piece(parameter, weights[name]) if local else weights[name])
+        for key in MOMENTS if name in saved else ():
+            moment = saved[name][key]
+            set_moment(parameter, _piece(parameter, moment) if local else moment, key)
 
 
 def _make_room(zero: Any, step: float) -> None:

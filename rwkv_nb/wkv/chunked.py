@@ -18,6 +18,7 @@ Source: the equation as in `reference.py`; gradients checked against it in float
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -76,9 +77,8 @@ def _pieces(w: Tensor, shape: tuple[int, ...], dtype: torch.dtype, saved: Tensor
             way = Middle(mine, length, dtype) if fits(fastest, length) else Halving(mine, length, dtype, fastest)
             for b in range(0, B, rows):
                 size = (n, min(rows, B - b), len(mine), N, N)
-                count = size[0] * size[1] * size[2] * N * N
-                S = room[used : used + count].view(size)
-                used += count if saved is not None else 0
+                S = room[used : used + math.prod(size)].view(size)
+                used += S.numel() if saved is not None else 0
                 found.append((way, (slice(b, b + rows), slice(start, end), slice(h, h + heads)), S))
         first += n
         yield found
@@ -144,7 +144,7 @@ def wkv5_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The operator in chunks, for any T. Shapes and dtypes as in `rwkv_nb.wkv.wkv5`; `chunk` is a power of two.
 
-    For the derivatives T / chunk states are kept, with N numbers a step of each head for each `chunk` / N.
+    For the derivatives a state is kept for each chunk: N N / chunk numbers a step and head.
     """
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"wkv5_chunked: chunk = {chunk} is not a power of two; use 16, 32 or 64")

@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .middle import EXPONENT
-from .powers import Powers, product_
+from .powers import EXPONENT, Powers, decay_share, product_
 
 
 class Pairs(NamedTuple):
@@ -104,7 +103,7 @@ class Halving(Powers):
         gr = (gy @ S.transpose(-1, -2)).mul_(self.r_power)
         gk = (v @ Q.transpose(-1, -2)).mul_(self.k_power)
         glog = self.L * (self.whole.squeeze(-1) * (S * Q).sum((0, 1, 4)))
-        glog += _decay_share(self.to_r, r, gr) + _decay_share(self.to_k, k, gk)
+        glog += decay_share(self.to_r, r, gr) + decay_share(self.to_k, k, gk)
 
         for p in self.inside():
             rp, kp, gyt = p.later(r) * p.r_power, p.earlier(k) * p.k_power, p.later(gy)
@@ -112,7 +111,7 @@ class Halving(Powers):
             gA = p.only(gyt @ p.earlier(v).transpose(-1, -2))
             product_(p.earlier(gv), A.transpose(-1, -2), gyt, add=True)
             grp, gkp = gA @ kp, gA.transpose(-1, -2) @ rp
-            glog += _decay_share(p.r_exponent, rp, grp) + _decay_share(p.k_exponent, kp, gkp)
+            glog += decay_share(p.r_exponent, rp, grp) + decay_share(p.k_exponent, kp, gkp)
             p.later(gr).addcmul_(grp, p.r_power)
             p.earlier(gk).addcmul_(gkp, p.k_power)
 
@@ -138,8 +137,3 @@ class Halving(Powers):
         if self.block > 1:
             r_power, k_power = self.block_r_power[:, None], self.block_k_power[:, None]
             yield Pairs(self.block, False, self.block_r, r_power, self.block_k, k_power)
-
-
-def _decay_share(exponents: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """sum of n x g over all but (h, N): of (C, b, h, L, N), or of groups of pairs (C, b, h, groups, L, N)."""
-    return ((x * g).sum((0, 1, 3) if x.dim() == 6 else (0, 1)) * exponents).sum(1)

@@ -25,9 +25,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .powers import Powers, product_
+from .powers import EXPONENT, Powers, decay_share, product_
 
-EXPONENT = 20.0  # exp(20) = 5e8: factors up to this size lose nothing in float32
 # The gradient of log d is a small difference of large n x g, as some n are negative: beyond this -log d it loses too
 # many digits in float32. Only for chunks below 64 is it the narrower limit.
 STRONG = 0.625
@@ -64,43 +63,38 @@ class Middle(Powers):
 
     def backward(
         self, r: Tensor, k: Tensor, v: Tensor, u: Tensor, S: Tensor, gy: Tensor, glast: Tensor,
-        gr: Tensor, gk: Tensor, gv: Tensor,
+        gr_to: Tensor, gk_to: Tensor, gv_to: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Fill gr, gk, gv; returns the gradients of log d and u (h, N), and of the first state."""
+        """Fill the last three; returns the gradients of log d and u (h, N), and of the first state."""
         rp, kp, v, gy = self.load(r, self.r_power), self.load(k, self.k_power), self.load(v), self.load(gy)
         X, W = torch.empty_like(S), torch.empty_like(S[1:])
         torch.mul(glast, self.from_middle, out=X[-1])
         product_(X[:-1], rp.transpose(-1, -2), gy)
         for (later, earlier), between in zip(pairwise(reversed(X.unbind())), reversed(W.unbind()), strict=True):
             earlier.add_(torch.mul(later, self.whole, out=between))
-        grp, gkp, gvs = gy @ S[:-1].transpose(-1, -2), v @ W.transpose(-1, -2), kp @ W
+        grp, gkp, gv = gy @ S[:-1].transpose(-1, -2), v @ W.transpose(-1, -2), kp @ W
         gfirst = X[0] * self.to_middle
         ends = X.mul_(S).sum((1, 4))  # (C+1, h, N): of P(L) after each chunk, of P(m) and P(-m) at the two ends
         glog = self.L * ends[1:].sum(0) + self.m * (ends[0] - ends[-1])
 
         A, ud, rk = (rp @ kp.transpose(-1, -2)).tril_(-1), (u * self.d)[:, None], rp * kp
         _diagonal(A).copy_((rk * ud).sum(-1))
-        product_(gvs, A.transpose(-1, -2), gy, add=True)
+        product_(gv, A.transpose(-1, -2), gy, add=True)
         product_(A, gy, v.transpose(-1, -2))  # now the gradient of A + D
         gD = _diagonal(A).unsqueeze(-1).clone()
         A.tril_(-1)
         product_(grp, A, kp, add=True)
         product_(gkp, A.transpose(-1, -2), rp, add=True)
-        glog += _decay_share(self.to_r, rp, grp) + _decay_share(self.to_k, kp, gkp)
+        glog += decay_share(self.to_r, rp, grp) + decay_share(self.to_k, kp, gkp)
         gu = rk.mul_(gD).sum((0, 1, 3)) * self.d
         gD = gD * ud
         grp.addcmul_(gD, kp)
         gkp.addcmul_(gD, rp)
-        self.store(gr, grp, self.r_power)
-        self.store(gk, gkp, self.k_power)
-        self.store(gv, gvs)
+        self.store(gr_to, grp, self.r_power)
+        self.store(gk_to, gkp, self.k_power)
+        self.store(gv_to, gv)
         return glog, gu, gfirst
 
 
 def _diagonal(A: Tensor) -> Tensor:
     return A.diagonal(dim1=-2, dim2=-1)
-
-
-def _decay_share(exponents: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """sum of n x g over all but (h, N); x and g (C, b, h, L, N)."""
-    return ((x * g).sum((0, 1)) * exponents).sum(1)

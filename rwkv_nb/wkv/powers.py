@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EXPONENT = 20.0  # exp(20) = 5e8: factors up to this size lose nothing in float32
+
 
 class Powers:
     """P(n) = d^n of some heads, for chunks of L steps; log_d (h, N) in float64, all powers in `dtype`."""
@@ -43,6 +45,14 @@ class Powers:
             into.copy_(x)
         else:
             torch.mul(x, factor.transpose(0, 1), out=into)
+
+
+def decay_share(exponents: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """What factors x = r P(n) with gradient g give to log d: the sum of n x g over all but (h, N).
+
+    exponents (L, 1); x and g (C, b, h, L, N), or groups of pairs (C, b, h, groups, L, N).
+    """
+    return ((x * g).sum((0, 1, 3) if x.dim() == 6 else (0, 1)) * exponents).sum(1)
 
 
 def product_(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
