@@ -8,7 +8,7 @@
 // No exponent is negative, so no power overflows, however fast a channel decays. To keep it so inside A too, a pair of
 // steps belongs to the level of the highest bit in which t and s differ (1, 2, 4 or 8): between them lies a multiple m
 // of that bit, d^(t-1-s) = d^(t-m) d^(m-1-s), and each level is a product of two matrices. Where the channels of a warp
-// decay slowly enough for d^-8 as a factor, which is the rule, y takes all pairs at once, around m = 8.
+// decay slowly enough for d^-8 as a factor, which is the rule, all pairs are taken at once, around m = 8.
 //
 // Two kernels do everything, for backward in time is forward in time with other names. Q, the gradient of the state
 // after a step, becomes d Q + r_t g_t^T from one step to the step before, as S becomes d S + k_t v_t^T. So
@@ -17,10 +17,12 @@
 // Nothing is kept from forward for backward. gw needs X = dS / d log d, which follows S: each power d^n of the second
 // kernel is accompanied by n d^n, so that sums of positive exponents are never a difference of large ones.
 //
-// Precision: state, X and all sums are float. The tensor cores' tf32 has 10 bits of fraction, as many as half and more
-// than bfloat16: what comes from those is exact, and rounding the rest costs less than rounding y to them does. Float
-// inputs are split in two tf32 (FINE below), three products for one, with errors as small as those of float sums. Two
-// exceptions: float numbers below 1e-35 lose digits in the split, and as d^-8 is a factor, r and k must stay below 1e34.
+// Precision: state, X and all sums are float; wkv5_tiles.h says how the tensor cores take them. For y in half and
+// bfloat16, and for gradients in half, all that is no input is rounded to tf32: that costs less than rounding the
+// result itself does. For gradients in bfloat16 it is the sum of two bfloat16, and the error is that of rounding the
+// result. For float, inputs and all else are sums of two tf32, with errors as small as those of float sums. Limits:
+// float numbers below 1e-35 lose digits; as d^-8 is a factor, r and k must stay below 1e34; where a number is split, an
+// infinity becomes a NaN.
 //
 // A warp keeps 16 channels of the state (values here, keys there) against all N of the other kind, in the registers of
 // the tensor cores' result: lane (g, q) = (lane / 4, lane % 4) has rows and columns g, 2 q, 2 q + 1 as in emulate.h.
@@ -31,93 +33,13 @@
 // in the registers, a factor of the next product: the state is read and written without moving a number between lanes.
 //
 // Costs at B 8, T 4096, H 64, N 64, bfloat16: forward moves 1.07 GB and multiplies for about 0.1 ms. What limits is the
-// number of instructions: each of a block's 4 warps issues some 440 a chunk (530 for fast decays, 930 for gr with gw),
-// and a processor has four blocks: hence registers for four times 128 threads (three times where X is kept). A NaN
-// spreads over its chunk.
+// number of instructions: each of a block's 4 warps issues some 440 a chunk for y, 680 for gv, 550 for gk, 960 for gr
+// and gw, a quarter to a third more for fast decays; and a processor has four blocks: hence registers for four times
+// 128 threads (three times where X is kept). A NaN spreads over its chunk.
 // Launch: grid B H, block 2 N; compute capability 8.0 or newer; any T; r.numel() < 2^31; arrays aligned to 16 bytes.
 // Sources: as wkv5_cuda.cu; chunks for decays of a channel: "Gated Linear Attention" (arXiv 2312.06635).
 #include "wkv5_cuda.cu"  // Decay, and the sum over the batch
-
-constexpr int L = 16;  // steps of a chunk
-
-// [a product of tiles]
-// Factors as the tensor cores take them. FINE: the sum of two tf32, high + low, instead of one.
-template <bool FINE, int n> struct Factor { unsigned high[n], low[n]; };
-
-template <bool FINE, int n> __device__ inline Factor<FINE, n> rounded(const float (&x)[n]) {
-    Factor<FINE, n> f;
-    for (int i = 0; i < n; i++) {
-        f.high[i] = to_tf32(x[i]);
-        if (FINE) f.low[i] = to_tf32(x[i] - __uint_as_float(f.high[i]));
-    }
-    return f;
-}
-
-// For numbers that are a tf32 already: half and bfloat16 inputs, and what was rounded before.
-template <bool FINE, int n> __device__ inline Factor<FINE, n> exact(const float (&x)[n]) {
-    Factor<FINE, n> f = {};
-    for (int i = 0; i < n && !FINE; i++) f.high[i] = __float_as_uint(x[i]);
-    return FINE ? rounded<FINE>(x) : f;
-}
-
-template <bool FINE>
-__device__ inline void product(float d[4], const Factor<FINE, 4>& a, const Factor<FINE, 2>& b) {  // d += a b
-    if (FINE) {
-        mma_m16n8k8_tf32(d, a.low, b.high);
-        mma_m16n8k8_tf32(d, a.high, b.low);
-    }
-    mma_m16n8k8_tf32(d, a.high, b.high);
-}
-
-// [a lane's share of a chunk]
-// `count` steps of n channels, kept as words: the next chunk waits in registers, two bfloat16 in one.
-template <typename T, int count, int n> struct Waiting {
-    unsigned words[count][n * sizeof(T) / 4] = {};
-
-    // Steps t, t + 16 / count, ... of x, whose step t lies at i; `left` = steps from t to the end. Steps past the end
-    // leave what was there: numbers that no result depends on.
-    __device__ void load_from(Global<const T> x, unsigned i, unsigned step, int left) {
-        for (int c = 0; c < count; c++) {
-            const int later = L / count * c;
-            if (left > later) {
-                const Pack<T, n> pack = load<n>(x, i + later * step);
-                memcpy(words[c], &pack, sizeof pack);
-            }
-        }
-    }
-    __device__ float number(int c, int e) const {
-        const unsigned word = words[c][e * sizeof(T) / 4];
-        const uint16_t half = uint16_t(word >> e % 2 * 16);
-        T x;
-        if (sizeof(T) == 2) memcpy(&x, &half, 2);
-        else memcpy(&x, &word, sizeof x);
-        return to_float(x);
-    }
-    __device__ void unpack(float (&x)[count][n]) const {
-        for (int i = 0; i < count * n; i++) x[i / n][i % n] = number(i / n, i % n);
-    }
-};
-
-// [sharing factors]
-// x: channels 4 q to 4 q + 3 of two steps t, t + 8. The first as a factor whose rows are steps and whose columns are
-// channels, which the same lane of every warp wants; the second as one with channels in columns and steps in rows,
-// which lane (g, q) wants for channel 2 g (tile 0) or 2 g + 1 (tile 1) and steps q, q + 8, q + 4, q + 12.
-__device__ inline void share_rows(Shared<float> to, int warp, const float (&x)[2][4]) {
-    for (int p = 0; p < 2; p++) {
-        const Pack<float, 4> pack = {x[0][p], x[1][p], x[0][p + 2], x[1][p + 2]};
-        store(to, ((2 * warp + p) * 32 + threadIdx.x % 32) * 4, pack);
-    }
-}
-__device__ inline void share_columns(Shared<float> to, int warp, const float (&x)[2][4], int t) {
-    for (int e = 0; e < 4; e++) {
-        const int lane = (2 * (threadIdx.x % 4) + e / 2) * 4 + t % 4;
-        const Pack<float, 2> pack = {x[0][e], x[1][e]};
-        store(to, ((2 * warp + e % 2) * 32 + lane) * 4 + t / 4 * 2, pack);
-    }
-}
-__device__ inline Pack<float, 4> shared_factor(Shared<float> from, int tile) {
-    return load<4>(from, (tile * 32 + threadIdx.x % 32) * 4);
-}
+#include "wkv5_tiles.h"   // products of tiles, and how numbers come to them
 
 // [pairs of steps]
 // A lane's part of A: columns s = q and q + 4 of row t (upper), of row t + 8 (left), and columns q + 8 and q + 12 of
@@ -130,18 +52,52 @@ __device__ inline int level(int t, int s) {
     return t < s ? -1 : differ < 2 ? differ : differ < 4 ? 2 : differ < 8 ? 4 : 8;
 }
 
-// sum_j r_t[j] k_s[j] over 16 channels; of both factors a lane gives steps t and t + 8.
-template <bool FINE, bool EXACT_R, bool EXACT_K>
-__device__ inline Pairs pair_products(const float (&r)[2][4], const float (&k)[2][4]) {
+// sum_j r_t[j] k_s[j] over 16 channels. Of both a lane gives steps t and t + 8.
+template <How how, int m, int n>
+__device__ inline Pairs pair_products(const Factor<how, 2, m>& r, const Factor<how, 1, n>& k_t,
+                                      const Factor<how, 1, n>& k_t8) {
     float early[4] = {}, late[4] = {};
-    for (int n = 0; n < 4; n += 2) {
-        const float a[4] = {r[0][n], r[1][n], r[0][n + 1], r[1][n + 1]};
-        const float b[2] = {k[0][n], k[0][n + 1]}, c[2] = {k[1][n], k[1][n + 1]};
-        const Factor<FINE, 4> rows = EXACT_R ? exact<FINE>(a) : rounded<FINE>(a);
-        product(early, rows, EXACT_K ? exact<FINE>(b) : rounded<FINE>(b));
-        product(late, rows, EXACT_K ? exact<FINE>(c) : rounded<FINE>(c));
-    }
+    product(early, r, k_t);
+    product(late, r, k_t8);
     return {{early[0], early[1]}, {early[2], early[3]}, {late[2], late[3]}};
+}
+template <How how> __device__ inline Pairs pair_products(const float (&r)[2][4], const float (&k)[2][4]) {
+    return pair_products(rounded<how>(r), rounded<how>(k[0]), rounded<how>(k[1]));
+}
+
+// A as the left factor of a product over s.
+template <How how> __device__ inline OfFloats<how, 2> pairs_at(const Pairs& A) {
+    const float rows[2][4] = {{A.upper[0], 0, A.upper[1], 0}, {A.left[0], A.lower[0], A.left[1], A.lower[1]}};
+    return rounded<how>(rows);
+}
+// The same of some levels only: columns (q, q + 4) of upper and lower, or left. `all` = pairs_at(A) is taken to pieces;
+// two tf32 are rounded anew instead, for so many words and their pieces do not fit the registers.
+template <How how>
+__device__ inline OfFloats<how, 2> chosen(const Pairs& A, OfFloats<how, 2> all, const bool (&columns)[2], bool left) {
+    if constexpr (how == TWO_TF32) {
+        Pairs part;
+        for (int c = 0; c < 2; c++) {
+            part.upper[c] = columns[c] ? A.upper[c] : 0;
+            part.left[c] = left ? A.left[c] : 0;
+            part.lower[c] = columns[c] ? A.lower[c] : 0;
+        }
+        all = pairs_at<how>(part);
+    }
+    for (int i = 0; i < 2 * float_terms<how>; i++) {
+        unsigned* words = all.words[i / 2];
+        const int c = i % 2;
+        if constexpr (how == TWO_BF16) {  // (upper, 0), (left, lower)
+            words[2 * c] = columns[c] ? words[2 * c] : 0;
+            words[2 * c + 1] &= (columns[c] ? 0xffff0000 : 0) | (left ? 0xffff : 0);
+        } else {
+            words[4 * c + 2] = 0;  // as it was, but now the compiler knows
+            if (how == TWO_TF32) continue;
+            words[4 * c] = columns[c] ? words[4 * c] : 0;
+            words[4 * c + 1] = left ? words[4 * c + 1] : 0;
+            words[4 * c + 3] = columns[c] ? words[4 * c + 3] : 0;
+        }
+    }
+    return all;
 }
 
 // Each warp knows the sum over its own 16 channels; the same lane of all warps adds them up.
@@ -173,8 +129,8 @@ __device__ inline Decay decay_over(int steps, float log_d) {
     return {value, value > 0.5f ? (1 - value) + expm1f(steps * log_d) : 0};
 }
 
-// A thread a channel; i: its place in w and u. far + far_rest = d^16. The powers, in rows of ROW numbers: d^0 to d^8; for
-// PAIRS d^-8 to d^8 and then d^7 to d^-8, so that what step t needs for r and for k lies at fixed places from row t on.
+// A thread a channel; i: its place in w and u. far + far_rest = d^16. The powers, in rows of ROW numbers: d^-8 to d^8;
+// for PAIRS then d^7 to d^-8, so that what step t needs for r and for k lies at fixed places from row t on.
 template <int N, int ROW, bool PAIRS>
 __device__ inline void fill_tables(Shared<float> powers, Shared<float> log_d, Shared<float> bonus, Shared<float> far,
                                    Shared<float> far_rest, Global<const float> w, Global<const float> u, int i) {
@@ -182,7 +138,7 @@ __device__ inline void fill_tables(Shared<float> powers, Shared<float> log_d, Sh
     if (j >= N) return;
     const float log = -expf(w[i + j]);
     // d^-8 of fast decays is infinite: nobody reads it then
-    for (int e = PAIRS ? -8 : 0; e <= 8; e++) powers[(PAIRS ? 8 + e : e) * ROW + j] = expf(e * log);
+    for (int e = -8; e <= 8; e++) powers[(8 + e) * ROW + j] = expf(e * log);
     for (int e = 0; PAIRS && e < L; e++) powers[(17 + e) * ROW + j] = expf((7 - e) * log);
     const Decay d = decay_over(L, log);
     log_d[j] = log;
@@ -199,9 +155,9 @@ __device__ inline void fill_one_step(Shared<float> far, Shared<float> far_rest, 
     far_rest[j] = d.rest;
 }
 
-// Whether d^-8 is at most exp(10) in the warp's 16 channels, from log_d on: then it may be a factor.
-__device__ inline bool slow_decay(Shared<float> log_d) {
-    return __all_sync(0xffffffffu, log_d[threadIdx.x % 16] >= -1.25f);
+// Whether d^-8 is at most exp(10) in the warp's 16 channels, from w[i] on: then it may be a factor.
+__device__ inline bool slow_decay(Global<const float> w, int i) {
+    return __all_sync(0xffffffffu, expf(w[i + threadIdx.x % 16]) <= 1.25f);
 }
 
 // Blocks that a processor can hold at once: the compiler leaves 65536 registers / (blocks 2 N threads) to each.
@@ -216,7 +172,7 @@ __global__ void __launch_bounds__(2 * N, blocks_at_once<N, T, false>())
 wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global<const T> v, Global<const float> w,
             Global<const float> u, Global<const float> state, Global<T> y, Global<float> last) {
     // [values: who am I]
-    constexpr bool FINE = sizeof(T) == 4;
+    constexpr How how = how_to_take<T>(REVERSED);
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     const int b = blockIdx.x / heads, h = blockIdx.x % heads, mine = 16 * warp;  // my warp's value channels
     const int t = g / 2 + g % 2 * 4;  // my rows are steps t and t + 8
@@ -236,7 +192,7 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
     const Shared<float> log_d = powers + 33 * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
     fill_tables<N, ROW, true>(powers, log_d, bonus, far, far_rest, w, u, h * N);
     __syncthreads();  // the powers are there
-    const bool slow = slow_decay(log_d + mine);
+    const bool slow = slow_decay(w, h * N + mine);
 
     // [values: load the state]
     float S[N / 16][2][4];  // S[m][p][i]: key 16 m + 4 q + i % 2 * 2 + p, value mine + 2 g + i / 2
@@ -257,7 +213,8 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
     v_next.load_from(v, at_q, step, total - q);
     for (int start = 0; start < total; start += L) {
         const int next = start + L, left = total - next;
-        float r_t[2][4], k_t[2][4], v_t[4][2];
+        float r_t[2][4], k_t[2][4];
+        const auto r_exact = over_channels<how, 2>(r_next);
         r_next.unpack(r_t);
         k_next.unpack(k_t);
         r_next.load_from(r, at_t + next * step, step, left - t);
@@ -266,14 +223,14 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
         float uk[2][4];
         const Pack<float, 4> u4 = load<4>(bonus, mine + 4 * q);
         for (int i = 0; i < 8; i++) uk[i / 4][i % 4] = u4[i % 4] * k_t[i / 4][i % 4];
-        Pairs A = pair_products<FINE, true, false>(r_t, uk);
+        Pairs A = pair_products(r_exact, rounded<how>(uk[0]), rounded<how>(uk[1]));
         if (slow) {  // around step 8: d^(t-1-s) = d^(t-8) d^(7-s)
             for (int i = 0; i < 2; i++) {
                 const Pack<float, 4> since = load<4>(powers, (t + 8 * i) * ROW + mine + 4 * q);
                 const Pack<float, 4> until = load<4>(powers, (17 + t + 8 * i) * ROW + mine + 4 * q);
                 for (int e = 0; e < 4; e++) r_t[i][e] *= since[e], k_t[i][e] *= until[e];
             }
-            const Pairs fresh = pair_products<FINE, false, false>(r_t, k_t);
+            const Pairs fresh = pair_products<how>(r_t, k_t);
             for (int c = 0; c < 2; c++) {
                 if (levels[c] > 0) A.upper[c] = fresh.upper[c], A.lower[c] = fresh.lower[c];
                 A.left[c] = fresh.left[c];
@@ -281,11 +238,12 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
             const Pack<float, 4> d = load<4>(powers, 16 * ROW + mine + 4 * q);
             for (int i = 0; i < 8; i++) r_t[i / 4][i % 4] *= d[i % 4], k_t[i / 4][i % 4] *= d[i % 4];
         } else {  // with each level r and k take on one more d^bit: r where the step has the bit, k where it has not
+            const auto k_exact = over_channels<how, 1>(k_next), k8_exact = over_channels<how, 1>(k_next, 1);
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 const int bit = 1 << n;
-                const Pairs fresh = n == 0 ? pair_products<FINE, true, true>(r_t, k_t)
-                                           : pair_products<FINE, false, false>(r_t, k_t);
+                const Pairs fresh = n == 0 && how == TWO_BF16 ? pair_products(r_exact, k_exact, k8_exact)
+                                                              : pair_products<how>(r_t, k_t);
                 for (int c = 0; c < 2; c++) {
                     if (levels[c] == bit) A.upper[c] = fresh.upper[c], A.lower[c] = fresh.lower[c];
                     if (bit == 8) A.left[c] = fresh.left[c];
@@ -303,14 +261,10 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
 
         // [values: give the others their share]
         // By now r_t is r_t d^t, and k_s is k_s d^(15-s).
-        for (int i = 0; i < 8 && !FINE; i++) {
-            r_t[i / 4][i % 4] = __uint_as_float(to_tf32(r_t[i / 4][i % 4]));
-            k_t[i / 4][i % 4] = __uint_as_float(to_tf32(k_t[i / 4][i % 4]));
-        }
         k_next.load_from(k, at_t + next * step, step, left - t);  // not before: registers are short above
         __syncthreads();  // all warps are done with the last chunk's
-        share_rows(r_far, warp, r_t);
-        share_columns(k_far, warp, k_t, t);
+        share_rows<N>(r_far, warp, to_share<how>(r_t));
+        share_columns<N, how, float_terms<how>>(k_far, warp, k_t, t);
         share_pairs<N / 16>(parts, warp, A);
         __syncthreads();  // all of it is there
 
@@ -318,25 +272,18 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
         float out[2][4] = {};  // out[p][i]: step t + i / 2 * 8, value mine + 4 q + i % 2 * 2 + p
 #pragma unroll
         for (int m = 0; m < N / 16; m++) {
-            for (int p = 0; p < 2; p++) {
-                const Factor<FINE, 4> rows = exact<FINE>(shared_factor(r_far, 2 * m + p).at);
-                for (int i = 0; i < 2; i++) {
-                    const float x[2] = {S[m][p][2 * i], S[m][p][2 * i + 1]};
-                    product(out[i], rows, rounded<FINE>(x));
-                }
+            const auto rows = shared_rows<N, how, float_terms<how>>(r_far, m);
+            for (int i = 0; i < 2; i++) {
+                const float x[4] = {S[m][0][2 * i], S[m][1][2 * i], S[m][0][2 * i + 1], S[m][1][2 * i + 1]};
+                product(out[i], rows, rounded<how>(x));
             }
         }
         // [values: read the pairs]
         A = sum_pairs<N / 16>(parts);
-        v_next.unpack(v_t);
+        const auto pairs = pairs_at<how>(A);
+        const auto values = over_steps<how, 2>(v_next);
+        for (int i = 0; i < 2; i++) product(out[i], pairs, over_steps<how, 1>(v_next, i));
         v_next.load_from(v, at_q + next * step, step, left - q);
-        for (int c = 0; c < 2; c++) {
-            const float a[4] = {A.upper[c], A.left[c], 0, A.lower[c]};
-            for (int i = 0; i < 2; i++) {
-                const float x[2] = {v_t[c][i], v_t[c + 2][i]};
-                product(out[i], rounded<FINE>(a), exact<FINE>(x));
-            }
-        }
         for (int i = 0; i < 2; i++) {
             Pack<T, 4> pack;
             for (int e = 0; e < 4; e++) pack[e] = from_float<T>(out[e % 2][e / 2 + 2 * i]);
@@ -346,21 +293,12 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
 
         // [values: write the state]
         if (start + L > total) break;
-        Factor<FINE, 4> values[2];
-        for (int c = 0; c < 2; c++) {
-            const float a[4] = {v_t[c][0], v_t[c][1], v_t[c + 2][0], v_t[c + 2][1]};
-            values[c] = rounded<FINE>(a);  // again, without loss: so the compiler places the four side by side
-        }
 #pragma unroll
         for (int m = 0; m < N / 16; m++) {
             const Pack<float, 4> d = load<4>(far, 16 * m + 4 * q), rest = load<4>(far_rest, 16 * m + 4 * q);
             for (int p = 0; p < 2; p++) {
                 float fresh[4] = {};
-                const Pack<float, 4> keys = shared_factor(k_far, 2 * m + p);
-                for (int c = 0; c < 2; c++) {
-                    const float x[2] = {keys[2 * c], keys[2 * c + 1]};
-                    product(fresh, values[c], exact<FINE>(x));
-                }
+                product(fresh, values, shared_columns<N, how, float_terms<how>>(k_far, m, p));
                 for (int i = 0; i < 4; i++) {
                     float& x = S[m][p][i];
                     x = fmaf(d[p + i % 2 * 2], x, fmaf(rest[p + i % 2 * 2], x, fresh[i]));
@@ -406,7 +344,8 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
           Global<const float> u, Global<const float> state, Global<const T> gy, Global<const float> glast, Global<T> gr,
           Global<float> gw, Global<float> gu) {
     // [keys: who am I]
-    constexpr bool FINE = sizeof(T) == 4, SLOPE = !REVERSED;  // SLOPE: keep X, for gw; else r, glast, gw, gu are unused
+    constexpr How how = how_to_take<T>(true);
+    constexpr bool SLOPE = !REVERSED;  // keep X, for gw; else r, glast, gw, gu are unused
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     const int b = blockIdx.x / heads, h = blockIdx.x % heads, mine = 16 * warp;  // my warp's key channels
     const int t = g / 2 + g % 2 * 4;  // my rows are steps t and t + 8
@@ -420,9 +359,11 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
     // [keys: shared memory]
     SHARED(float, exchange, (2 * L + 12) * N);
     const Shared<float> g_all = exchange, v_all = exchange + L * N, parts = exchange + 2 * L * N;
-    SHARED(float, powers, 13 * N);
-    const Shared<float> log_d = powers + 9 * N, bonus = log_d + N, far = bonus + N, far_rest = far + N;
-    fill_tables<N, N, false>(powers, log_d, bonus, far, far_rest, w, u, h * N);
+    constexpr int ROW = N + 4;
+    SHARED(float, powers, 17 * ROW + 4 * N);
+    const Shared<float> log_d = powers + 17 * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
+    fill_tables<N, ROW, false>(powers, log_d, bonus, far, far_rest, w, u, h * N);
+    const bool slow = slow_decay(w, h * N + mine);
     // No barrier: the powers are read after the first one of a chunk.
 
     // [keys: load the state]
@@ -445,95 +386,134 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
     k_next.load_from(k, at_q, step, total - q);
     for (int start = 0; start < total; start += L) {
         const int next = start + L, left = total - next;
-        float g_t[2][4], v_t[2][4], k_t[4][2], r_t[2][4];
-        g_next.unpack(g_t);
-        v_next.unpack(v_t);
-        g_next.load_from(gy, at_t + next * step, step, left - t);
-        v_next.load_from(v, at_t + next * step, step, left - t);
 
         // [keys: give the others their share]
-        Pairs A = pair_products<FINE, true, true>(g_t, v_t);  // g_t . v_s
+        const auto v_exact = over_channels<how, 1>(v_next), v8_exact = over_channels<how, 1>(v_next, 1);  // t, t + 8
+        const Pairs of_warp = pair_products(over_channels<how, 2>(g_next), v_exact, v8_exact);  // g_t . v_s
         __syncthreads();  // all warps are done with the last chunk's
-        share_rows(g_all, warp, g_t);
-        share_columns(v_all, warp, v_t, t);
-        share_pairs<N / 16>(parts, warp, A);
+        share_rows<N>(g_all, warp, to_share<how>(g_next));
+        share_columns<N, how, input_terms<how>>(v_all, warp, v_next, t);
+        share_pairs<N / 16>(parts, warp, of_warp);
         __syncthreads();  // all of it is there
+        g_next.load_from(gy, at_t + next * step, step, left - t);
+        v_next.load_from(v, at_t + next * step, step, left - t);
 
         // [keys: read the state]
         // S g_t and X g_t, [p][i]: step t + i / 2 * 8, key mine + 4 q + i % 2 * 2 + p
         float out[2][4] = {}, slope[2][4] = {};
 #pragma unroll
         for (int m = 0; m < N / 16; m++) {
-            for (int p = 0; p < 2; p++) {
-                const Factor<FINE, 4> rows = exact<FINE>(shared_factor(g_all, 2 * m + p).at);
-                for (int i = 0; i < 2; i++) {
-                    const float x[2] = {S[m][p][2 * i], S[m][p][2 * i + 1]};
-                    product(out[i], rows, rounded<FINE>(x));
-                    if (SLOPE) {
-                        const float y[2] = {X[m][p][2 * i], X[m][p][2 * i + 1]};
-                        product(slope[i], rows, rounded<FINE>(y));
-                    }
+            const auto rows = shared_rows<N, how, input_terms<how>>(g_all, m);
+            for (int i = 0; i < 2; i++) {
+                const float x[4] = {S[m][0][2 * i], S[m][1][2 * i], S[m][0][2 * i + 1], S[m][1][2 * i + 1]};
+                product(out[i], rows, rounded<how>(x));
+                if constexpr (SLOPE) {
+                    const float y[4] = {X[m][0][2 * i], X[m][1][2 * i], X[m][0][2 * i + 1], X[m][1][2 * i + 1]};
+                    product(slope[i], rows, rounded<how>(y));
                 }
             }
         }
 
         // [keys: pairs inside the chunk]
-        // From the state before the chunk forwards: what comes from before a step with the bit decays by d^bit on its
-        // way over the pairs of that level, which are added to it. slope is the derivative of out by log d.
-        A = sum_pairs<N / 16>(parts);
+        // slope is the derivative of out by log d. k_t[n][p]: step q + 4 n, key mine + 2 g + p.
+        const Pairs A = sum_pairs<N / 16>(parts);
+        const auto all_pairs = pairs_at<how>(A);
+        float k_t[4][2], r_t[2][4];
         k_next.unpack(k_t);
         if (SLOPE) r_now.load_from(r, at_t + start * step, step, total - start - t);
-#pragma unroll
-        for (int n = 3; n >= 0; n--) {
-            const int bit = 1 << n;
-            const Pack<float, 4> d = load<4>(powers, bit * N + mine + 4 * q);
+        if (slow) {
+            // Around step 8: d^t (S g_t) + sum_s A[t, s] d^(t-1-s) k_s
+            //               = d^(t-8) (d^8 (S g_t) + sum_s A[t, s] d^(7-s) k_s)
+            for (int n = 0; n < 4; n++) {
+                const Pack<float, 2> until = load<2>(powers, (15 - q - 4 * n) * ROW + mine + 2 * g);
+                for (int p = 0; p < 2; p++) k_t[n][p] *= until[p];
+            }
+            const Pack<float, 4> d8 = load<4>(powers, 16 * ROW + mine + 4 * q);
             for (int i = 0; i < 8; i++) {
-                if ((t + i / 4 * 8) & bit) {
-                    float &x = out[i % 2][i / 2], &y = slope[i % 2][i / 2];
-                    const float power = d[i % 2 + i / 2 % 2 * 2];
-                    if (SLOPE) y = fmaf(bit, x, y) * power;
-                    x *= power;
+                float &x = out[i % 2][i / 2], &y = slope[i % 2][i / 2];
+                const float power = d8[i % 2 + i / 2 % 2 * 2];
+                if (SLOPE) y = fmaf(float(t + i / 4 * 8), x, y) * power;
+                x *= power;
+            }
+            const bool earlier[2] = {levels[0] > 0, levels[1] > 0};
+            Pairs distant;
+            for (int c = 0; c < 2; c++) {
+                const int between = t - 1 - q - 4 * c;  // steps between s and t
+                distant.upper[c] = fmaxf(between, 0) * A.upper[c];
+                distant.lower[c] = fmaxf(between, 0) * A.lower[c];
+                distant.left[c] = (between + 8) * A.left[c];
+            }
+            const auto pairs = chosen<how>(A, all_pairs, earlier, true), weighted = pairs_at<how>(distant);
+            for (int p = 0; p < 2; p++) {
+                const float x[4] = {k_t[0][p], k_t[2][p], k_t[1][p], k_t[3][p]};
+                const auto keys = rounded<how>(x);
+                product(out[p], pairs, keys);
+                if (SLOPE) product(slope[p], weighted, keys);
+            }
+            for (int i = 0; i < 2; i++) {
+                const Pack<float, 4> since = load<4>(powers, (t + 8 * i) * ROW + mine + 4 * q);
+                for (int e = 0; e < 4; e++) {
+                    out[e % 2][e / 2 + 2 * i] *= since[e];
+                    if (SLOPE) slope[e % 2][e / 2 + 2 * i] *= since[e];
                 }
             }
-            for (int c = 0; c < (bit == 4 ? 1 : 2); c++) {  // steps q + 4 and q + 12 have bit 4: no s of level 4 has
-                const bool yes = levels[c] == bit;
-                const float a[4] = {yes ? A.upper[c] : 0, bit == 8 ? A.left[c] : 0, 0, yes ? A.lower[c] : 0};
-                const Factor<FINE, 4> pairs = rounded<FINE>(a);
-                const int distance = bit - 1 - (q + 4 * c) % bit;  // steps from s to the end of its half
-                const Pack<float, 2> fall = load<2>(powers, distance * N + mine + 2 * g);
-                for (int p = 0; p < 2; p++) {
-                    const float power = bit == 1 ? 1 : fall[p];
-                    const float x[2] = {k_t[c][p] * power, bit == 8 ? 0 : k_t[c + 2][p] * power};
-                    product(out[p], pairs, bit == 1 ? exact<FINE>(x) : rounded<FINE>(x));
-                    if (SLOPE && bit > 1) {
-                        const float y[2] = {distance * x[0], distance * x[1]};
-                        product(slope[p], pairs, rounded<FINE>(y));
+            const Pack<float, 2> d8_keys = load<2>(powers, 16 * ROW + mine + 2 * g);
+            for (int n = 0; n < 4; n++) {
+                for (int p = 0; p < 2; p++) k_t[n][p] *= d8_keys[p];
+            }
+        } else {
+            // From the state before the chunk forwards: what comes from before a step with the bit decays by d^bit on
+            // its way over the pairs of that level, which are added to it.
+#pragma unroll
+            for (int n = 3; n >= 0; n--) {
+                const int bit = 1 << n;
+                const Pack<float, 4> d = load<4>(powers, (8 + bit) * ROW + mine + 4 * q);
+                for (int i = 0; i < 8; i++) {
+                    if ((t + i / 4 * 8) & bit) {
+                        float &x = out[i % 2][i / 2], &y = slope[i % 2][i / 2];
+                        const float power = d[i % 2 + i / 2 % 2 * 2];
+                        if (SLOPE) y = fmaf(bit, x, y) * power;
+                        x *= power;
                     }
                 }
+                const bool here[2] = {levels[0] == bit, levels[1] == bit};
+                const auto pairs = chosen<how>(A, all_pairs, here, bit == 8);
+                for (int p = 0; p < 2; p++) {
+                    float x[4] = {}, y[4] = {};
+                    for (int i = 0; i < 4; i++) {
+                        if (bit == 8 && i % 2) continue;  // level 8 has no s from 8 on
+                        const int distance = bit - 1 - (q + 4 * in_order(i)) % bit;  // from s to the end of its half
+                        x[i] = k_t[in_order(i)][p] * powers[(8 + distance) * ROW + mine + 2 * g + p];
+                        y[i] = distance * x[i];
+                    }
+                    product(out[p], pairs, rounded<how>(x));
+                    if (SLOPE && bit > 1) product(slope[p], pairs, rounded<how>(y));
+                }
+            }
+            const Pack<float, 2> d8 = load<2>(powers, 16 * ROW + mine + 2 * g);
+            for (int n = 0; n < 4; n++) {
+                const Pack<float, 2> fall = load<2>(powers, (15 - q - 4 * (n % 2)) * ROW + mine + 2 * g);
+                for (int p = 0; p < 2; p++) k_t[n][p] *= n < 2 ? fall[p] * d8[p] : fall[p];
             }
         }
 
         // [keys: the step itself]
-        k_next.load_from(k, at_q + next * step, step, left - q);
         float own[2][4] = {};  // k_t (v_t . g_t)
-        for (int c = 0; c < 2; c++) {
-            const float a[4] = {levels[c] == 0 ? A.upper[c] : 0, 0, 0, levels[c] == 0 ? A.lower[c] : 0};
-            for (int p = 0; p < 2; p++) {
-                const float x[2] = {k_t[c][p], k_t[c + 2][p]};
-                product(own[p], rounded<FINE>(a), exact<FINE>(x));
-            }
-        }
+        const bool diagonal[2] = {levels[0] == 0, levels[1] == 0};
+        const auto same = chosen<how>(A, all_pairs, diagonal, false);
+        for (int p = 0; p < 2; p++) product(own[p], same, over_steps<how, 1>(k_next, p));
+        k_next.load_from(k, at_q + next * step, step, left - q);
         const Pack<float, 4> u4 = load<4>(bonus, mine + 4 * q);
         if (SLOPE) r_now.unpack(r_t);
         for (int i = 0; i < 2; i++) {
             Pack<T, 4> pack;
             if (start + t + 8 * i < total) {
                 for (int e = 0; e < 4; e++) {
-                    const float same = own[e % 2][e / 2 + 2 * i];
-                    pack[e] = from_float<T>(fmaf(u4[e], same, out[e % 2][e / 2 + 2 * i]));
+                    const float now = own[e % 2][e / 2 + 2 * i];
+                    pack[e] = from_float<T>(fmaf(u4[e], now, out[e % 2][e / 2 + 2 * i]));
                     if (SLOPE) {
                         log_sum[e] = fmaf(r_t[i][e], slope[e % 2][e / 2 + 2 * i], log_sum[e]);
-                        u_sum[e] = fmaf(r_t[i][e], same, u_sum[e]);
+                        u_sum[e] = fmaf(r_t[i][e], now, u_sum[e]);
                     }
                 }
                 store(gr, at_t + (start + 8 * i) * step, pack);
@@ -542,31 +522,21 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
 
         // [keys: write the state]
         if (start + L > total) break;
-        const Pack<float, 2> d8 = load<2>(powers, 8 * N + mine + 2 * g);
         const Pack<float, 2> d = load<2>(far, mine + 2 * g), rest = load<2>(far_rest, mine + 2 * g);
-        Factor<FINE, 4> keys[2], slopes[2];  // k_s d^(15-s) and its derivative
-        for (int c = 0; c < 2; c++) {
-            const Pack<float, 2> fall = load<2>(powers, (7 - q - 4 * c) * N + mine + 2 * g);
-            float a[4], y[4];
-            for (int i = 0; i < 4; i++) {
-                const int p = i % 2;
-                const float late = k_t[c + i / 2 * 2][p] * fall[p];
-                a[i] = i < 2 ? late * d8[p] : late;
-                y[i] = (L - 1 - q - 4 * c - i / 2 * 8) * a[i];
-            }
-            keys[c] = rounded<FINE>(a);
-            if (SLOPE) slopes[c] = rounded<FINE>(y);
+        float late[2][4], late_slope[2][4];  // k_s d^(15-s) and its derivative
+        for (int i = 0; i < 8; i++) {
+            const int n = in_order(i % 4), p = i / 4;
+            late[p][i % 4] = k_t[n][p];
+            late_slope[p][i % 4] = (L - 1 - q - 4 * n) * k_t[n][p];
         }
+        const auto keys = rounded<how>(late), slopes = rounded<how>(late_slope);
 #pragma unroll
         for (int m = 0; m < N / 16; m++) {
             for (int p = 0; p < 2; p++) {
                 float fresh[4] = {}, fresh_slope[4] = {};
-                const Pack<float, 4> values = shared_factor(v_all, 2 * m + p);
-                for (int c = 0; c < 2; c++) {
-                    const float x[2] = {values[2 * c], values[2 * c + 1]};
-                    product(fresh, keys[c], exact<FINE>(x));
-                    if (SLOPE) product(fresh_slope, slopes[c], exact<FINE>(x));
-                }
+                const auto values = shared_columns<N, how, input_terms<how>>(v_all, m, p);
+                product(fresh, keys, values);
+                if (SLOPE) product(fresh_slope, slopes, values);
                 for (int i = 0; i < 4; i++) {
                     float& x = S[m][p][i];
                     if (SLOPE) {
