@@ -1,7 +1,7 @@
 """How exact and how fast are the CUDA kernels? One command on a machine with an NVIDIA GPU and nvcc.
 
     python benchmarks/wkv_gpu.py              check, then time: about two minutes
-    python benchmarks/wkv_gpu.py --emulate    without a GPU: the same steps by emulation, tiny
+    python benchmarks/wkv_gpu.py --emulate    without a GPU: the same steps by emulation, tiny but for the second
 
 1. Every kernel, head size and number format against the loop in float64; the exit code tells whether all are right.
 2. Errors in bfloat16 at head size 64, beside the peer if it is there.
@@ -121,6 +121,17 @@ def check(module, device: str, sizes: list[int], lengths: list[int], kernels: li
     return good
 
 
+def rounding_errors(ways: dict[str, Way], device: str, steps: int, heads: int) -> None:
+    """One row a way: bfloat16 at head size 64, no states, as in training."""
+    print(f"\nErrors in bfloat16, head size 64, {steps} steps, no states\n")
+    shown = [n for n in NAMES if n not in ("last", "gstate")]
+    print(f"| | {' | '.join(shown)} |\n|---|{'--:|' * len(shown)}")
+    tensors = inputs(1, steps, heads, 64, torch.bfloat16, device, state=False)
+    for name, way in ways.items():
+        found = dict(zip(NAMES, errors(way, tensors), strict=True))
+        print(f"| {name}, error | {' | '.join(f'{found[n]:.2e}' for n in shown)} |", flush=True)
+
+
 # ---- fast?
 
 
@@ -189,6 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("By emulation: the errors are those of the kernels' source; the times say nothing about a GPU.")
         good = check(emulated, "cpu", [16], [18], list(KERNELS))
         ways = {name: ours(emulated, name) for name in KERNELS}
+        rounding_errors(ways, "cpu", 1024, 4)
         table((1, 16, 1, 16), ways, "cpu", cpu_seconds, bandwidth=10e9)
         return int(not good)
     if reason := cuda.why_not():
@@ -199,13 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}, torch {torch.__version__}")
     good = check(cuda, "cuda", list(cuda.HEAD_SIZES), [1, 17, 77, 300], kernels)
     ways = {name: ours(cuda, name) for name in kernels} | peers()
-    print("\nErrors in bfloat16, head size 64, 1024 steps, no states\n")
-    shown = [n for n in NAMES if n not in ("last", "gstate")]
-    print(f"| | {' | '.join(shown)} |\n|---|{'--:|' * len(shown)}")
-    tensors = inputs(1, 1024, 4, 64, torch.bfloat16, "cuda", state=False)
-    for name, way in ways.items():
-        found = dict(zip(NAMES, errors(way, tensors), strict=True))
-        print(f"| {name} | {' | '.join(f'{found[n]:.1e}' for n in shown)} |", flush=True)
+    rounding_errors(ways, "cuda", 1024, 4)
     bandwidth = copy_bandwidth()
     print(f"\nCopy: {bandwidth / 1e9:.0f} GB/s")
     for shape in SHAPES:

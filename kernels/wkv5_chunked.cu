@@ -21,8 +21,8 @@
 // bfloat16, and for gradients in half, all that is no input is rounded to tf32: that costs less than rounding the
 // result itself does. For gradients in bfloat16 it is the sum of two bfloat16, and the error is that of rounding the
 // result. For float, inputs and all else are sums of two tf32, with errors as small as those of float sums. Limits:
-// float numbers below 1e-35 lose digits; as d^-8 is a factor, r and k must stay below 1e34; where a number is split, an
-// infinity becomes a NaN.
+// float numbers below 1e-35 lose digits, and as d^-8 is a factor, up to 8e13, those below 1e-21 may where decays are
+// fast; none may be above 1e24. Where a number is split, an infinity becomes a NaN.
 //
 // A warp keeps 16 channels of the state (values here, keys there) against all N of the other kind, in the registers of
 // the tensor cores' result: lane (g, q) = (lane / 4, lane % 4) has rows and columns g, 2 q, 2 q + 1 as in emulate.h.
@@ -33,7 +33,7 @@
 // in the registers, a factor of the next product: the state is read and written without moving a number between lanes.
 //
 // Costs at B 8, T 4096, H 64, N 64, bfloat16: forward moves 1.07 GB and multiplies for about 0.1 ms. What limits is the
-// number of instructions: each of a block's 4 warps issues some 440 a chunk for y, 680 for gv, 550 for gk, 960 for gr
+// number of instructions: each of a block's 4 warps issues some 440 a chunk for y, 670 for gv, 550 for gk, 960 for gr
 // and gw, a quarter to a third more for fast decays; and a processor has four blocks: hence registers for four times
 // 128 threads (three times where X is kept). A NaN spreads over its chunk.
 // Launch: grid B H, block 2 N; compute capability 8.0 or newer; any T; r.numel() < 2^31; arrays aligned to 16 bytes.
@@ -155,9 +155,10 @@ __device__ inline void fill_one_step(Shared<float> far, Shared<float> far_rest, 
     far_rest[j] = d.rest;
 }
 
-// Whether d^-8 is at most exp(10) in the warp's 16 channels, from w[i] on: then it may be a factor.
+// Whether d^-8 is at most exp(32) in the warp's 16 channels, from w[i] on: then it may be a factor. Digits do not
+// suffer: d^n and d^-n are rounded alike, and where the exponents differ a fast channel has forgotten.
 __device__ inline bool slow_decay(Global<const float> w, int i) {
-    return __all_sync(0xffffffffu, expf(w[i + threadIdx.x % 16]) <= 1.25f);
+    return __all_sync(0xffffffffu, expf(w[i + threadIdx.x % 16]) <= 4.0f);
 }
 
 // Blocks that a processor can hold at once: the compiler leaves 65536 registers / (blocks 2 N threads) to each.

@@ -15,7 +15,7 @@
 
 constexpr int L = 16;  // steps of a chunk
 
-// [a product of tiles]
+// [factors]
 // How the tensor cores take a float: rounded to one tf32, or as a sum, high + low, of two tf32 or of two bfloat16.
 enum How { ONE_TF32, TWO_TF32, TWO_BF16 };
 
@@ -33,6 +33,23 @@ template <How how> constexpr int input_terms = how == TWO_TF32 ? 2 : 1;
 template <How how, int rows> using OfFloats = Factor<how, rows, float_terms<how>>;
 template <How how, int rows> using OfInputs = Factor<how, rows, input_terms<how>>;
 
+// [a product of tiles]
+template <How how, int m, int n>
+__device__ inline void product(float d[4], const Factor<how, 2, m>& a, const Factor<how, 1, n>& b) {  // d += a b
+    for (int i = m - 1; i >= 0; i--) {
+        for (int j = n - 1; j >= 0; j--) {
+            if (i && j) continue;  // low times low is too small to matter
+            if constexpr (how == TWO_BF16) {
+                mma_m16n8k16_bf16(d, a.words[i], b.words[j]);
+            } else {
+                mma_m16n8k8_tf32(d, a.words[i], b.words[j]);
+                mma_m16n8k8_tf32(d, a.words[i] + 4, b.words[j] + 2);
+            }
+        }
+    }
+}
+
+// [rounding]
 struct Two { unsigned first, second; };
 __device__ inline Two two_bf16(float a, float b) {  // high parts of both in the first word, low parts in the second
     const unsigned high = pack_bf16(a, b);
@@ -66,21 +83,6 @@ template <How how, int rows> __device__ inline OfInputs<how, rows> exact(const f
     for (int i = 0; i < 4 * rows; i++) f.words[0][i] = __float_as_uint(x[i % rows][i / rows]);
     if constexpr (how == TWO_TF32) f = rounded<how>(x);
     return f;
-}
-
-template <How how, int m, int n>
-__device__ inline void product(float d[4], const Factor<how, 2, m>& a, const Factor<how, 1, n>& b) {  // d += a b
-    for (int i = m - 1; i >= 0; i--) {
-        for (int j = n - 1; j >= 0; j--) {
-            if (i && j) continue;  // low times low is too small to matter
-            if constexpr (how == TWO_BF16) {
-                mma_m16n8k16_bf16(d, a.words[i], b.words[j]);
-            } else {
-                mma_m16n8k8_tf32(d, a.words[i], b.words[j]);
-                mma_m16n8k8_tf32(d, a.words[i] + 4, b.words[j] + 2);
-            }
-        }
-    }
 }
 
 // [a lane's share of a chunk]

@@ -70,10 +70,19 @@ def test_gradients_in_bfloat16_are_those_of_float_sums_rounded(w):
             assert off.max() < 2e-5 * want[name].abs().max(), name
 
 
-# d^-8 is at most exp(10) up to w = 0.223
-@pytest.mark.parametrize("w", [(x, x) for x in (-10.0, -5.0, 0.0, 0.22, 0.23, 2.0, 4.0)])
+# d^-8 is at most exp(32) up to w = 1.386
+@pytest.mark.parametrize("w", [(x, x) for x in (-10.0, -5.0, -2.0, 0.0, 0.5, 1.0, 1.38, 1.39, 2.0, 4.0)])
 def test_every_decay_alone(w):
     check(inputs(1, 70, 1, 16, w=w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_small_and_large_numbers_beside_fast_decays(scale, dtype):
+    x = inputs(1, 40, 1, 64, w=(-6.0, 1.38), dtype=dtype)
+    for i in (1, 5, 6, 7):  # k, the state, gy, glast: what is linear in them has this scale, or its square
+        x[i] = x[i] * scale
+    check(x)
 
 
 def test_errors_do_not_pile_up_over_two_thousand_steps():
