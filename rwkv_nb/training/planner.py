@@ -159,11 +159,9 @@ def state_bytes(n_params: int, strategy: str = "ddp", devices: int = 1, precisio
     """
     P, n = n_params, devices
     if strategy.startswith("fsdp"):
-        half = 2 if precision in ("bf16", "fp16") else 4
-        host = 16 * P / n if "offload" in strategy else 0.0
-        whole = 2 * half * P if n > 1 else 0.0  # weights and gradients are gathered for the step at hand
-        kept = (4 * P / n, 4 * P / n, ADAM * P / n) if not host else (0.0, 0.0, 0.0)
-        return Memory(kept[0], whole, kept[1], kept[2], 0.0, 0.0, host)
+        if "offload" in strategy:
+            return Memory(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 16 * P / n)
+        return Memory(4 * P / n, 0.0, 4 * P / n, ADAM * P / n, 0.0, 0.0)
     if not strategy.startswith("deepspeed"):
         return Memory(4 * P, 0.0, 4 * P, ADAM * P, 0.0, 0.0)
     stage = next((int(c) for c in strategy if c.isdigit()), 2)
@@ -204,11 +202,14 @@ def memory(
     """
     each = 2 if precision in ("bf16", "fp16") else 4
     state = state_bytes(config.n_params, strategy, devices, precision)
-    copies = state.copies
+    copies, matrix = 0.0, config.vocab_size * config.n_embd
     if each == 2 and not strategy.startswith(("deepspeed", "fsdp")):
-        copies += 2 * (config.n_params - config.vocab_size * config.n_embd)  # all that is multiplied
+        copies += 2 * (config.n_params - matrix)  # all that is multiplied
     if strategy.startswith("deepspeed_stage_3") and devices > 1:
-        copies += 2 * each * config.vocab_size * config.n_embd  # the largest matrices, whole while they are used
+        copies += 2 * each * matrix  # the largest matrices, whole while they are used
+    elif strategy.startswith("fsdp") and devices > 1:  # emb, head and block 0 for the whole step, the others in turn:
+        at_once = 2 * matrix + (config.n_params - 2 * matrix) * min(3, config.n_layer) / config.n_layer
+        copies += 2 * each * at_once  # weights and gradients; one block is fetched while another is worked off
     numbers = micro_bsz * ctx_len * config.vocab_size
     whole = strategy.startswith(("deepspeed_stage_3", "fsdp")) if logits_whole is None else logits_whole
     if not whole:

@@ -1,7 +1,7 @@
 """What Lightning's strategies ask of the code around them: equal weights at the start, true clipping, whole weights.
 
     auto, ddp          every process holds the whole model; nothing special is needed
-    fsdp               parameters, gradients and Adam's state are cut into one piece a process
+    fsdp               parameters, gradients and Adam's state are cut into one piece a process; whole block by block
     deepspeed_stage_N  N = 1 cuts Adam's state, 2 the gradients too, 3 the parameters too; _offload keeps pieces in RAM
 
 It is: the few calls in which they differ. It is not: an engine; Lightning, torch and DeepSpeed do the work.
@@ -11,20 +11,34 @@ Source: RWKV-LM `RWKV-v5/train.py` (bucket sizes), `src/model.py` (DeepSpeedCPUA
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
+from rwkv_nb.model.block import Block
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.optimizer import build_optimizer, param_groups
 
 
-def set_buckets(strategy: Strategy, cfg: TrainConfig) -> None:
-    """Tell DeepSpeed, if it is used, how many numbers to send at once: `ds_bucket_mb` millions."""
+def set_up(strategy: Strategy, cfg: TrainConfig) -> None:
+    """Tell a strategy how much to hold whole at once: DeepSpeed `ds_bucket_mb` million numbers, FSDP one block.
+
+    FSDP gathers the parameters that are left over, with the embedding and the head, for the whole step.
+    """
     if isinstance(strategy, DeepSpeedStrategy):
         zero = strategy.config.setdefault("zero_optimization", {})
         zero["allgather_bucket_size"] = zero["reduce_bucket_size"] = cfg.ds_bucket_mb * 1_000_000
+    elif isinstance(strategy, FSDPStrategy):
+        from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+        strategy.kwargs["auto_wrap_policy"] = functools.partial(lambda_auto_wrap_policy, lambda_fn=_alone)
+
+
+def _alone(module: torch.nn.Module) -> bool:
+    """Whether FSDP gathers this module by itself. Not block 0: the model takes ln0 and pos_emb out of it."""
+    return isinstance(module, Block) and not hasattr(module, "ln0")
 
 
 def cuts_parameters(strategy: Strategy) -> bool:

@@ -35,7 +35,7 @@ from rwkv_nb.training.monitor import Monitor, ProgressBar, Record
 from rwkv_nb.training.resume import Start, complete, find_start, set_progress
 from rwkv_nb.training.runbook import RunBook
 from rwkv_nb.training.schedule import exit_reached
-from rwkv_nb.training.strategies import cuts_parameters, set_buckets
+from rwkv_nb.training.strategies import cuts_parameters, set_up
 from rwkv_nb.training.validation import Validation
 
 __all__ = [
@@ -197,5 +197,5 @@ def _trainer(cfg: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         callbacks=callbacks,
         **how,
     )
-    set_buckets(trainer.strategy, cfg)
+    set_up(trainer.strategy, cfg)
     return trainer

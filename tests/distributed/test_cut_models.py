@@ -1,7 +1,7 @@
 """fsdp and DeepSpeed's stages with two processes: the losses and weights of ddp (which test_two_processes.py tests).
 
 On processors, where torch and DeepSpeed cut, send and put together as they do on GPUs: worker_without_gpu.py says what
-differs. Tests on a GPU are in test_gpu.py. `fsdp_cpu_offload` is in neither.
+differs. Tests on a GPU are in test_gpu.py.
 """
 
 import importlib.util
@@ -67,7 +67,7 @@ def run(base, strategy, *runs):
     folder, flags = base
     if strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("NO DEEPSPEED: pip install deepspeed")
-    if strategy.endswith("_offload") and build.find_cxx() is None:
+    if strategy in DEEPSPEED and strategy.endswith("_offload") and build.find_cxx() is None:
         pytest.skip(f"NO C++ COMPILER for DeepSpeed's Adam: {build.CXX_REMEDY}")
     outs = [folder / f"{strategy}-{name}-{kind}" for kind, name, _ in runs]
     for out, (kind, _, more) in zip(outs, runs, strict=True):
@@ -109,7 +109,7 @@ def stops_in(last):
     return {"signal": [0, last, int(signal.SIGTERM)]}
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", *DEEPSPEED])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", *DEEPSPEED])
 def test_a_cut_model_trains_like_a_whole_one_and_goes_on_where_it_stopped(strategy, base, ddp):
     *whole, stopped = run(base, strategy, *((kind, "whole", {}) for kind in ddp), ("bf16", "stopped", stops_in(3)))
     for (losses, val, weights, folder), kind in zip(whole, ddp, strict=True):
@@ -128,7 +128,7 @@ def goes_on_bit_for_bit(base, strategy, kind, stopped, whole):
     assert states(folder) == [f"rwkv-0.{done}.state"] and first == whole[0][:done] != whole[0]
     state = TrainerState.load(folder / f"rwkv-0.{done}.state")
     [(second, _, weights, _)] = run(base, strategy, (kind, "stopped", {}))
-    if strategy.endswith("_offload"):  # DeepSpeed's Adam for processors computes beta^n in another way when it begins
+    if strategy.startswith("deepspeed") and strategy.endswith("_offload"):  # DeepSpeed's Adam for processors computes beta^n in another way when it begins
         assert second == pytest.approx(whole[0][done:], rel=2e-4)
         close(whole[2], weights, 0.02, 2e-3)
         return state
@@ -149,6 +149,21 @@ def test_a_run_may_change_its_strategy(first, then, base, ddp):
     [(losses, _, weights, _)] = run(base, then, ("plain", f"from-{first}", {}))
     assert losses == pytest.approx(ddp["plain"][0][4:], rel=2e-5)
     close(ddp["plain"][2], weights, 1e-3, 1e-4)
+
+
+def test_fsdp_gathers_a_block_at_a_time(base):
+    """Embedding, head and block 0 stay for a step; of the others one, and the next one that is fetched meanwhile."""
+    folder, flags = base
+    begin = folder / "fsdp-deep-plain"
+    deep = {**flags, "n_layer": 6}
+    init_checkpoint(TrainConfig(**{**deep, "my_pile_stage": 1, "devices": 1, "proj_dir": str(begin / "run")}))
+    [(*_, out)] = run((folder, deep), "fsdp", ("plain", "deep", {}))
+    sizes = {name: tensor.numel() for name, tensor in load_checkpoint(out / "rwkv-final.pth").items()}
+    blocks = [sum(n for name, n in sizes.items() if name.startswith(f"blocks.{i}.")) for i in range(6)]
+    root = sum(sizes.values()) - sum(blocks[1:])
+    most = json.loads((out.parent / "most.json").read_text(encoding="utf-8"))["whole"]
+    assert root + blocks[1] < most <= root + 2 * blocks[1] < sum(sizes.values()) * 0.6
+    assert TrainerState.load(out / "rwkv-0.8.state").optimizer.keys() == sizes.keys()
 
 
 @pytest.mark.parametrize(("strategy", "scale"), [("fsdp", "scale"), ("deepspeed_stage_2", "cur_scale")])

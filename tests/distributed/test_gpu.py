@@ -69,7 +69,7 @@ def test_every_precision_trains_as_float32_does_on_a_processor(precision, near, 
     assert ("scale" in state.scaler) == (precision == "fp16")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", *DEEPSPEED])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", *DEEPSPEED])
 def test_a_strategy_gives_the_plain_run(strategy, flags, tmp_path):
     if strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("NO DEEPSPEED: pip install deepspeed")

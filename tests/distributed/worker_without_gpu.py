@@ -6,8 +6,10 @@ copy of whole tensors from a GPU to the CPU. What is replaced: FSDP's autocast, 
 """
 
 import functools
+import importlib
 import importlib.util
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -60,9 +62,31 @@ def fsdp_on_cpu() -> None:
     FSDPPrecision.forward_context = lambda self: torch.autocast(
         "cpu", torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16, enabled="mixed" in self.precision
     )
+    torch.Tensor.pin_memory = lambda self: self  # for fsdp_cpu_offload, whose pieces are where they are computed with
+    torch.cpu.Stream.synchronize = lambda self: None
     # "offloading" to the CPU copies nothing here, and FSDP frees or reuses the memory
     for name in ("FullStateDictConfig", "FullOptimStateDictConfig"):
         setattr(of_torch, name, functools.partial(here, getattr(of_torch, name)))
+
+
+def watch_whole() -> dict[str, int]:
+    """How many parameters of FSDP a process holds whole at once: the most so far."""
+    kind = importlib.import_module("torch.distributed.fsdp._flat_param").FlatParamHandle
+    unshard, reshard = kind.unshard, kind.reshard
+    whole, most = {}, {"whole": 0}
+
+    def gather(self):
+        unshard(self)
+        whole[id(self)] = self.flat_param._unpadded_unsharded_size.numel()
+        most["whole"] = max(most["whole"], sum(whole.values()))
+
+    def release(self, free_unsharded_flat_param):
+        reshard(self, free_unsharded_flat_param)
+        if free_unsharded_flat_param:
+            whole.pop(id(self), None)
+
+    kind.unshard, kind.reshard = gather, release
+    return most
 
 
 def here(kind, offload_to_cpu, rank0_only):
@@ -79,12 +103,14 @@ def half_precision(kind: str, device: str, scaler: object) -> object:
 
 
 if __name__ == "__main__":
-    STRATEGY = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["flags"]["strategy"]
+    SETTINGS = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    STRATEGY, MOST = SETTINGS["flags"]["strategy"], {}
     if STRATEGY.startswith("deepspeed"):
         deepspeed_on_cpu()
         trainer.MixedPrecision = half_precision
     elif STRATEGY.startswith("fsdp"):
         fsdp_on_cpu()
+        MOST = watch_whole()
         trainer.MixedPrecision = half_precision
     fused._format = lambda *tensors: None  # the definitions in plain PyTorch, which run on a GPU
     others = rules._others
@@ -94,3 +120,5 @@ if __name__ == "__main__":
     spec.loader.exec_module(worker)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker.main()
+    if MOST and os.environ.get("LOCAL_RANK", "0") == "0":
+        (Path(SETTINGS["out"]) / "most.json").write_text(json.dumps(MOST), encoding="utf-8")

@@ -32,6 +32,18 @@ def test_the_figures_of_the_zero_paper(strategy, gigabytes):
     assert planner.state_bytes(1000, strategy, 1).total == 16000, "one device holds everything, however it is cut"
 
 
+def test_fsdp_gathers_blocks_in_turn():
+    """tests/distributed/test_cut_models.py counts the same in a real run."""
+    config, more = planner.model_of("0.1B"), 2
+    matrix = config.vocab_size * config.n_embd
+    block = (config.n_params - 2 * matrix) / config.n_layer
+    copies = planner.memory(config, 1, 512, "fsdp", 4, "bf16").copies
+    assert copies == pytest.approx(2 * 2 * (2 * matrix + block + more * block))
+    assert planner.memory(config, 1, 512, "fsdp", 1).copies == 0
+    shallow = planner.model_of("0.1B").__class__(n_layer=1, n_embd=64, vocab_size=96)
+    assert planner.memory(shallow, 1, 64, "fsdp", 2, "fp32").copies == pytest.approx(2 * 4 * shallow.n_params)
+
+
 def test_offload_moves_bytes_and_loses_none():
     for stage in (1, 2, 3):
         here = planner.state_bytes(1000, f"deepspeed_stage_{stage}", 4)
