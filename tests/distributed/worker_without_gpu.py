@@ -23,7 +23,7 @@ from pytorch_lightning.trainer.connectors.accelerator_connector import _Accelera
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from rwkv_nb.model import fused
-from rwkv_nb.training import rules, trainer
+from rwkv_nb.training import resume, rules, trainer
 
 
 def deepspeed_on_cpu() -> None:
@@ -113,6 +113,7 @@ if __name__ == "__main__":
         MOST = watch_whole()
         trainer.MixedPrecision = half_precision
     fused._format = lambda *tensors: None  # the definitions in plain PyTorch, which run on a GPU
+    resume.stays_in_file = lambda cfg: True
     others = rules._others
     rules._others = lambda c: [rule for rule in others(c) if "needs GPUs" not in rule[1]]
     spec = importlib.util.spec_from_file_location("worker", Path(__file__).with_name("worker.py"))
