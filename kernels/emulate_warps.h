@@ -1,7 +1,8 @@
 // What the 32 lanes of a warp do together: shuffles, a vote and the two matrix products of the tensor cores.
 //
 // Every lane shows its words, waits until all lanes have, and takes what it needs. As on a GPU this orders no memory:
-// only __syncwarp and __syncthreads do. Products: inputs rounded to tf32 or bf16, multiplied exactly, added in float32.
+// only __syncwarp and __syncthreads do. Products: inputs rounded to tf32 or bf16, multiplied exactly, added in float32,
+// each sum rounded to nearest; tensor cores may cut off what is below the last bit.
 #pragma once
 #include "emulate_fibres.h"
 #include "emulate_numbers.h"

@@ -18,11 +18,12 @@
 // kernel is accompanied by n d^n, so that sums of positive exponents are never a difference of large ones.
 //
 // Precision: state, X and all sums are float; wkv5_tiles.h says how the tensor cores take them. For y in half and
-// bfloat16, and for gradients in half, all that is no input is rounded to tf32: that costs less than rounding the
-// result itself does. For gradients in bfloat16 it is the sum of two bfloat16, and the error is that of rounding the
-// result. For float, inputs and all else are sums of two tf32, with errors as small as those of float sums. Limits:
+// bfloat16, and for gradients in half, all that is no input is rounded to tf32: in half that adds about as much as
+// rounding the result does, in bfloat16 far less. For the gradients of r, k and v in bfloat16 it is the sum of two
+// bfloat16, and their error is that of rounding them; those of w, u and the state, in float, are off by some 5e-6. For
+// float, inputs and all else are sums of two tf32; by emulation the errors are as small as those of float sums. Limits:
 // float numbers below 1e-35 lose digits, and as d^-8 is a factor, up to 8e13, those below 1e-21 may where decays are
-// fast; none may be above 1e24. Where a number is split, an infinity becomes a NaN.
+// fast; no number, and no result, may be above 1e24. An infinity or a NaN makes NaNs of its chunk, earlier steps too.
 //
 // A warp keeps 16 channels of the state (values here, keys there) against all N of the other kind, in the registers of
 // the tensor cores' result: lane (g, q) = (lane / 4, lane % 4) has rows and columns g, 2 q, 2 q + 1 as in emulate.h.
@@ -33,9 +34,9 @@
 // in the registers, a factor of the next product: the state is read and written without moving a number between lanes.
 //
 // Costs at B 8, T 4096, H 64, N 64, bfloat16: forward moves 1.07 GB and multiplies for about 0.1 ms. What limits is the
-// number of instructions: each of a block's 4 warps issues some 440 a chunk for y, 670 for gv, 550 for gk, 960 for gr
-// and gw, a quarter to a third more for fast decays; and a processor has four blocks: hence registers for four times
-// 128 threads (three times where X is kept). A NaN spreads over its chunk.
+// number of instructions: each of a block's 4 warps issues some 440 a chunk for y, 680 for gv, 550 for gk, 960 for gr
+// and gw, a fifth to a third more for fast decays; and a processor has four blocks: hence registers for four times 128
+// threads (three times where X is kept).
 // Launch: grid B H, block 2 N; compute capability 8.0 or newer; any T; r.numel() < 2^31; arrays aligned to 16 bytes.
 // Sources: as wkv5_cuda.cu; chunks for decays of a channel: "Gated Linear Attention" (arXiv 2312.06635).
 #include "wkv5_cuda.cu"  // Decay, and the sum over the batch
@@ -129,9 +130,8 @@ __device__ inline Decay decay_over(int steps, float log_d) {
     return {value, value > 0.5f ? (1 - value) + expm1f(steps * log_d) : 0};
 }
 
-// A thread a channel; i: its place in w and u. far + far_rest = d^16. The powers, in rows of ROW numbers: d^-8 to d^8;
-// for PAIRS then d^7 to d^-8, so that what step t needs for r and for k lies at fixed places from row t on.
-template <int N, int ROW, bool PAIRS>
+// A thread a channel; i: its place in w and u. far + far_rest = d^16. Powers: d^-8 to d^8, in rows of ROW numbers.
+template <int N, int ROW>
 __device__ inline void fill_tables(Shared<float> powers, Shared<float> log_d, Shared<float> bonus, Shared<float> far,
                                    Shared<float> far_rest, Global<const float> w, Global<const float> u, int i) {
     const int j = threadIdx.x;
@@ -139,7 +139,6 @@ __device__ inline void fill_tables(Shared<float> powers, Shared<float> log_d, Sh
     const float log = -expf(w[i + j]);
     // d^-8 of fast decays is infinite: nobody reads it then
     for (int e = -8; e <= 8; e++) powers[(8 + e) * ROW + j] = expf(e * log);
-    for (int e = 0; PAIRS && e < L; e++) powers[(17 + e) * ROW + j] = expf((7 - e) * log);
     const Decay d = decay_over(L, log);
     log_d[j] = log;
     bonus[j] = u[i + j];
@@ -155,8 +154,8 @@ __device__ inline void fill_one_step(Shared<float> far, Shared<float> far_rest, 
     far_rest[j] = d.rest;
 }
 
-// Whether d^-8 is at most exp(32) in the warp's 16 channels, from w[i] on: then it may be a factor. Digits do not
-// suffer: d^n and d^-n are rounded alike, and where the exponents differ a fast channel has forgotten.
+// Whether d^-8 is at most exp(32) in the warp's 16 channels, from w[i] on: then it may be a factor. That costs a float
+// two bits at most, for powers with large exponents are off by more, but what they weigh a fast channel has forgotten.
 __device__ inline bool slow_decay(Global<const float> w, int i) {
     return __all_sync(0xffffffffu, expf(w[i + threadIdx.x % 16]) <= 4.0f);
 }
@@ -185,13 +184,13 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
     const int levels[2] = {level(t, q), level(t, q + 4)};
 
     // [values: shared memory]
-    // Two arrays instead of seven: addresses with one base fit one register.
-    SHARED(float, exchange, (2 * L + 12) * N);
-    const Shared<float> r_far = exchange, k_far = exchange + L * N, parts = exchange + 2 * L * N;
+    // Two arrays instead of eight: addresses with one base fit one register.
+    SHARED(float, exchange, (2 * L + 4 + 12) * N);  // 4: gaps
+    const Shared<float> r_far = exchange, k_far = r_far + L * N, parts = k_far + (L + 4) * N;
     constexpr int ROW = N + 4;  // rows t and t + 4 use other banks of the memory
-    SHARED(float, powers, 33 * ROW + 4 * N);
-    const Shared<float> log_d = powers + 33 * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
-    fill_tables<N, ROW, true>(powers, log_d, bonus, far, far_rest, w, u, h * N);
+    SHARED(float, powers, 17 * ROW + 4 * N);
+    const Shared<float> log_d = powers + 17 * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
+    fill_tables<N, ROW>(powers, log_d, bonus, far, far_rest, w, u, h * N);
     __syncthreads();  // the powers are there
     const bool slow = slow_decay(w, h * N + mine);
 
@@ -228,7 +227,7 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
         if (slow) {  // around step 8: d^(t-1-s) = d^(t-8) d^(7-s)
             for (int i = 0; i < 2; i++) {
                 const Pack<float, 4> since = load<4>(powers, (t + 8 * i) * ROW + mine + 4 * q);
-                const Pack<float, 4> until = load<4>(powers, (17 + t + 8 * i) * ROW + mine + 4 * q);
+                const Pack<float, 4> until = load<4>(powers, (15 - t - 8 * i) * ROW + mine + 4 * q);
                 for (int e = 0; e < 4; e++) r_t[i][e] *= since[e], k_t[i][e] *= until[e];
             }
             const Pairs fresh = pair_products<how>(r_t, k_t);
@@ -265,7 +264,7 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
         k_next.load_from(k, at_t + next * step, step, left - t);  // not before: registers are short above
         __syncthreads();  // all warps are done with the last chunk's
         share_rows<N>(r_far, warp, to_share<how>(r_t));
-        share_columns<N, how, float_terms<how>>(k_far, warp, k_t, t);
+        share_columns<N, true, how, float_terms<how>>(k_far, warp, k_t, t);
         share_pairs<N / 16>(parts, warp, A);
         __syncthreads();  // all of it is there
 
@@ -299,7 +298,7 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
             const Pack<float, 4> d = load<4>(far, 16 * m + 4 * q), rest = load<4>(far_rest, 16 * m + 4 * q);
             for (int p = 0; p < 2; p++) {
                 float fresh[4] = {};
-                product(fresh, values, shared_columns<N, how, float_terms<how>>(k_far, m, p));
+                product(fresh, values, shared_columns<N, true, how, float_terms<how>>(k_far, m, p));
                 for (int i = 0; i < 4; i++) {
                     float& x = S[m][p][i];
                     x = fmaf(d[p + i % 2 * 2], x, fmaf(rest[p + i % 2 * 2], x, fresh[i]));
@@ -363,7 +362,7 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
     constexpr int ROW = N + 4;
     SHARED(float, powers, 17 * ROW + 4 * N);
     const Shared<float> log_d = powers + 17 * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
-    fill_tables<N, ROW, false>(powers, log_d, bonus, far, far_rest, w, u, h * N);
+    fill_tables<N, ROW>(powers, log_d, bonus, far, far_rest, w, u, h * N);
     const bool slow = slow_decay(w, h * N + mine);
     // No barrier: the powers are read after the first one of a chunk.
 
@@ -393,7 +392,7 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
         const Pairs of_warp = pair_products(over_channels<how, 2>(g_next), v_exact, v8_exact);  // g_t . v_s
         __syncthreads();  // all warps are done with the last chunk's
         share_rows<N>(g_all, warp, to_share<how>(g_next));
-        share_columns<N, how, input_terms<how>>(v_all, warp, v_next, t);
+        share_columns<N, false, how, input_terms<how>>(v_all, warp, v_next, t);
         share_pairs<N / 16>(parts, warp, of_warp);
         __syncthreads();  // all of it is there
         g_next.load_from(gy, at_t + next * step, step, left - t);
@@ -535,7 +534,7 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
         for (int m = 0; m < N / 16; m++) {
             for (int p = 0; p < 2; p++) {
                 float fresh[4] = {}, fresh_slope[4] = {};
-                const auto values = shared_columns<N, how, input_terms<how>>(v_all, m, p);
+                const auto values = shared_columns<N, false, how, input_terms<how>>(v_all, m, p);
                 product(fresh, keys, values);
                 if (SLOPE) product(fresh_slope, slopes, values);
                 for (int i = 0; i < 4; i++) {

@@ -76,7 +76,7 @@ template <How how> __device__ inline OfFloats<how, 1> rounded(const float (&x)[4
     return rounded<how>(rows);
 }
 
-// For numbers that are a tf32 already: half and bfloat16 inputs, and what was rounded before.
+// For numbers that need no rounding: half and bfloat16 inputs, and what was rounded before. TWO_TF32 splits them.
 template <How how, int rows> __device__ inline OfInputs<how, rows> exact(const float (&x)[rows][4]) {
     static_assert(how != TWO_BF16, "bfloat16 comes in words, see over_channels and over_steps");
     OfInputs<how, rows> f;
@@ -158,12 +158,18 @@ __device__ inline OfInputs<how, rows> over_steps(const Waiting<T, 4, 2>& x, int 
 // same lane of every warp wants them; as one with channels in columns, summed over steps, lane (g, q) wants channel 2 g
 // (tile 0) or 2 g + 1 (tile 1). Two parts of four words a lane and warp: bfloat16 as they are multiplied, one part for
 // inputs; tf32 as floats, for there is no room for more: who takes them splits them.
-template <int N> __device__ inline int shared_place(int part, int warp, int lane) {
+template <int N> __device__ inline int row_place(int part, int warp, int lane) {
     return (warp * 32 + lane) * 4 + part * (N / 16 * 128);  // so the compiler sees one address and two offsets
+}
+// GAP: a gap after every eight lanes, so that those that write at once, with other q, meet other banks of the memory.
+// It takes one more register.
+template <int N, bool GAP> __device__ inline int column_place(int part, int warp, int lane) {
+    if (!GAP) return row_place<N>(part, warp, lane);
+    return warp * 160 + lane * 4 + lane / 8 * 8 + part * (N / 16 * 160);
 }
 
 template <How how> __device__ inline auto to_share(const float (&x)[2][4]) {
-    if constexpr (how == TWO_TF32) return exact<ONE_TF32>(x);
+    if constexpr (how == TWO_TF32) return exact<ONE_TF32>(x);  // floats as they are
     else return rounded<how>(x);
 }
 template <How how, typename T> __device__ inline auto to_share(const Waiting<T, 2, 4>& x) {
@@ -175,7 +181,7 @@ __device__ inline void share_rows(Shared<float> to, int warp, const Factor<how, 
     for (int part = 0; part < terms * parts; part++) {
         Pack<float, 4> pack;
         for (int e = 0; e < 4; e++) pack[e] = __uint_as_float(f.words[part / parts][part % parts * 4 + e]);
-        store(to, shared_place<N>(part, warp, threadIdx.x % 32), pack);
+        store(to, row_place<N>(part, warp, threadIdx.x % 32), pack);
     }
 }
 template <int N, How how, int terms>
@@ -183,7 +189,7 @@ __device__ inline Factor<how, 2, terms> shared_rows(Shared<float> from, int warp
     Factor<how, 2, terms> f;
     float x[2][4];
     for (int part = 0; part < (how == TWO_BF16 ? terms : 2); part++) {
-        const Pack<float, 4> pack = load<4>(from, shared_place<N>(part, warp, threadIdx.x % 32));
+        const Pack<float, 4> pack = load<4>(from, row_place<N>(part, warp, threadIdx.x % 32));
         for (int e = 0; e < 4; e++) {
             if constexpr (how == TWO_BF16) f.words[part][e] = __float_as_uint(pack[e]);
             else x[e % 2][2 * part + e / 2] = pack[e];
@@ -203,32 +209,32 @@ template <How how, typename T> __device__ inline Two both_steps(const Waiting<T,
     if constexpr (how == TWO_BF16) return {halves(x.words[0][e / 2], x.words[1][e / 2], e % 2), 0};
     return {__float_as_uint(x.number(0, e)), __float_as_uint(x.number(1, e))};
 }
-template <int N, How how, int terms, typename X>
+template <int N, bool GAP, How how, int terms, typename X>
 __device__ inline void share_columns(Shared<float> to, int warp, const X& x, int t) {
     for (int e = 0; e < 4; e++) {
         const Two words = both_steps<how>(x, e);
         const int lane = (2 * (threadIdx.x % 4) + e / 2) * 4 + t % 4;
         if constexpr (how == TWO_BF16) {
-            const int place = shared_place<N>(0, warp, lane) + e % 2 * 2 + t / 4;
+            const int place = column_place<N, GAP>(0, warp, lane) + e % 2 * 2 + t / 4;
             to[place] = __uint_as_float(words.first);
-            if (terms == 2) to[place + shared_place<N>(1, 0, 0)] = __uint_as_float(words.second);
+            if (terms == 2) to[place + column_place<N, GAP>(1, 0, 0)] = __uint_as_float(words.second);
         } else {
             const Pack<float, 2> pack = {__uint_as_float(words.first), __uint_as_float(words.second)};
-            store(to, shared_place<N>(e % 2, warp, lane) + t / 4 * 2, pack);
+            store(to, column_place<N, GAP>(e % 2, warp, lane) + t / 4 * 2, pack);
         }
     }
 }
-template <int N, How how, int terms>
+template <int N, bool GAP, How how, int terms>
 __device__ inline Factor<how, 1, terms> shared_columns(Shared<float> from, int warp, int tile) {
     if constexpr (how == TWO_BF16) {
         Factor<how, 1, terms> f;
         for (int part = 0; part < terms; part++) {
-            const Pack<float, 4> both = load<4>(from, shared_place<N>(part, warp, threadIdx.x % 32));
+            const Pack<float, 4> both = load<4>(from, column_place<N, GAP>(part, warp, threadIdx.x % 32));
             for (int e = 0; e < 2; e++) f.words[part][e] = __float_as_uint(both[2 * tile + e]);
         }
         return f;
     } else {
-        const Pack<float, 4> pack = load<4>(from, shared_place<N>(tile, warp, threadIdx.x % 32));
+        const Pack<float, 4> pack = load<4>(from, column_place<N, GAP>(tile, warp, threadIdx.x % 32));
         const float x[1][4] = {{pack[0], pack[1], pack[2], pack[3]}};
         return exact<how>(x);
     }

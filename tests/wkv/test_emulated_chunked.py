@@ -32,7 +32,10 @@ def check(x):
         assert a.shape == b.shape and a.dtype == (x[0].dtype if name in ("y", "gr", "gk", "gv") else torch.float32)
         if b.numel():
             error = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
-            assert error < tolerance * (10 if name == "gw" else 1), f"{name}: {error:.1e}, allowed {tolerance:.1e}"
+            allowed = tolerance * (10 if name == "gw" else 1)
+            if x[0].dtype == torch.bfloat16 and name not in ("y", "last"):
+                allowed = 2.0**-8 + 2e-5 if a.dtype == torch.bfloat16 else 5e-5
+            assert error < allowed, f"{name}: {error:.1e}, allowed {allowed:.1e}"
 
 
 @pytest.mark.parametrize(("N", "dtype"), INSTANCES)
@@ -54,10 +57,12 @@ def test_each_warp_decides_for_its_channels():
     check(x)
 
 
-@pytest.mark.parametrize("w", [(-6.0, -1.0), (-6.0, 1.0)])
+@pytest.mark.parametrize("w", [(-6.0, -1.0), (-6.0, 1.0), (-6.0, 2.0)])
 def test_gradients_in_bfloat16_are_those_of_float_sums_rounded(w):
     """As exact as the plain kernels', which add floats as the official one does: tf32 would show, 2 parts in 100."""
     x = inputs(1, 256, 2, 64, w=w, dtype=torch.bfloat16)
+    if w[1] > 1.386:
+        x[3][:, ::16] = 1.5  # in each warp: pairs of steps are taken in levels
     want = truth(*x)
     *tensors, gy, glast = x
     plain = dict(zip(list(want)[2:], emulated.backward(*tensors, None, gy, glast, kernel="plain"), strict=True))
@@ -169,6 +174,13 @@ def test_every_barrier_is_needed_and_missed():
             given = arguments | {"steps": steps, "w": w}
             launches[name, case] = [Launch(f"{name}<{N}, __nv_bfloat16, {backwards}>", 1, 2 * N, given)]
     source = emulated.read_source(SOURCE) + "\n".join(text for _, text in COPIES.values())
+    for (name, _), [launch] in launches.items():
+        if name.endswith("_0"):  # the kernels as they are: nothing is amiss
+            arguments = {key.removeprefix(f"{name}_"): value.clone() if isinstance(value, torch.Tensor) else value
+                         for key, value in launch.arguments.items()}  # fmt: skip
+            kernel = launch.kernel.replace(name, COPIES[name][0])
+            report = emulator.launch(source, [Launch(kernel, launch.grid, launch.block, arguments)])
+            assert report.ok, report
     found, by_case = {}, {}
     for (_, case), several in launches.items():  # one by one: a race may lead a warp's lanes apart, which ends it all
         races = emulator.launch(source, several).races
