@@ -80,8 +80,8 @@ def write_tensors(content: Any, path: str | os.PathLike) -> Path:
     return path
 
 
-def read_tensors(path: str | os.PathLike, *, mmap: bool = False) -> Any:
-    """What a file holds, tensors on the CPU; nothing that it may contain is run. mmap: as for `read_torch_file`.
+def read_tensors(path: str | os.PathLike) -> Any:
+    """What a file holds, tensors on the CPU; nothing that it may contain is run.
 
     Raises FileNotFoundError; PermissionError and the like as they come; CheckpointError for a file that is damaged or
     that holds code (see rwkv_nb.model.reading).
@@ -89,7 +89,7 @@ def read_tensors(path: str | os.PathLike, *, mmap: bool = False) -> Any:
     path = Path(path)
     open(path, "rb").close()  # outside of the try below: a file that may not be opened is not damaged
     try:
-        return read_torch_file(path, mmap=mmap)
+        return read_torch_file(path)
     except CODE as error:
         raise CheckpointError(
             f"{path}: refused, because it is damaged or contains more than tensors, possibly code that would run on "

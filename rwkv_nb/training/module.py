@@ -19,7 +19,7 @@ from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.optimizer import set_rates
 from rwkv_nb.training.schedule import learning_rate, weight_decay
-from rwkv_nb.training.strategies import clip_gradients, cuts_parameters, loss_to_divide, make_optimizer, same_start
+from rwkv_nb.training.strategies import clip_gradients, head_stays_whole, loss_to_divide, make_optimizer, same_start
 from rwkv_nb.training.validation import token_losses
 
 
@@ -42,8 +42,7 @@ class LitRWKV(pl.LightningModule):
 
     def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
         idx, targets, *mask = batch  # (B, T) each; a mask only with my_qa_mask 1
-        # where parameters are cut, the head's are whole only while the head itself runs
-        loss = next_token_loss(self.model, idx, targets, *mask, sliced=not cuts_parameters(self.trainer.strategy))
+        loss = next_token_loss(self.model, idx, targets, *mask, sliced=head_stays_whole(self.trainer.strategy))
         self.last_loss = loss.detach()
         return loss_to_divide(self.trainer.strategy, loss, self.cfg)
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rwkv_nb.model.initialization import parameter_shapes
+from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.training.config import TrainConfig
 
 
@@ -38,10 +40,16 @@ def group_of(name: str, parameter: torch.Tensor, cfg: TrainConfig) -> str:
 
 
 def param_groups(model: nn.Module, cfg: TrainConfig) -> list[dict[str, Any]]:
-    """Every parameter of `model` once: dicts with params (sorted by name), weight_decay, my_lr_scale and name."""
+    """Every parameter of `model` once: dicts with params (sorted by name), weight_decay, my_lr_scale and name.
+
+    FSDP has cut an RWKV into flat pieces before: the shapes are those that the whole model has.
+    """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"1x": [], "2x": [], "3x": [], "decay": []}
-    for name, parameter in sorted(model.named_parameters()):
-        members[group_of(name, parameter, cfg)].append((name, parameter))
+    shapes = parameter_shapes(model.config) if isinstance(model, RWKV) else {}
+    for long, parameter in sorted(model.named_parameters()):
+        name = long.replace("_fsdp_wrapped_module.", "")
+        whole = torch.empty(shapes.get(name, parameter.shape), device="meta")
+        members[group_of(name, whole, cfg)].append((name, parameter))
     scales = {"1x": 1.0, "2x": 5.0, "3x": 5.0} if cfg.my_pile_stage == 2 else {"1x": 1.0, "2x": 2.0, "3x": 3.0}
     kinds = (["1x", "2x", "3x"] if cfg.layerwise_lr > 0 else ["1x"]) + (["decay"] if cfg.weight_decay > 0 else [])
     return [

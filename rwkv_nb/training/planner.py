@@ -198,7 +198,7 @@ def memory(
     """Peak bytes on each of `devices` while training.
 
     logits_whole: logits and their gradient are held entirely, as in the official trainer. None: as this trainer does
-    it, in slices unless the parameters themselves are cut. fused: see `activation_bytes`.
+    it, in slices but for ZeRO stage 3. fused: see `activation_bytes`.
     """
     each = 2 if precision in ("bf16", "fp16") else 4
     state = state_bytes(config.n_params, strategy, devices, precision)
@@ -207,11 +207,12 @@ def memory(
         copies += 2 * (config.n_params - matrix)  # all that is multiplied
     if strategy.startswith("deepspeed_stage_3") and devices > 1:
         copies += 2 * each * matrix  # the largest matrices, whole while they are used
-    elif strategy.startswith("fsdp") and devices > 1:  # emb, head and block 0 for the whole step, the others in turn:
+    elif strategy.startswith("fsdp") and (devices > 1 or each == 2 or "offload" in strategy):
+        # emb, head and block 0 for the whole step, the others in turn
         at_once = 2 * matrix + (config.n_params - 2 * matrix) * min(3, config.n_layer) / config.n_layer
         copies += 2 * each * at_once  # weights and gradients; one block is fetched while another is worked off
     numbers = micro_bsz * ctx_len * config.vocab_size
-    whole = strategy.startswith(("deepspeed_stage_3", "fsdp")) if logits_whole is None else logits_whole
+    whole = strategy.startswith("deepspeed_stage_3") if logits_whole is None else logits_whole
     if not whole:
         numbers = min(numbers, SLICED)
     return Memory(

@@ -67,7 +67,7 @@ def find_start(cfg: TrainConfig, n_tokens: int = 0) -> Start:
         if not path.is_file():
             raise FileNotFoundError(f"load_model={path}: no such state; older ones are removed as a run goes on, see "
                                     f"the folder for rwkv-N.state and rwkv-N.B.state")
-        state = TrainerState.load(path, mmap=stays_in_file(cfg))
+        state = TrainerState.load(path)
         reason = _unusable(state, cfg, n_tokens)
         if reason:
             raise CheckpointError(f"load_model={path}: cannot go on from there: {reason}")
@@ -80,7 +80,7 @@ def find_start(cfg: TrainConfig, n_tokens: int = 0) -> Start:
             try:
                 if not is_state:
                     return _from_weights(cfg, _epoch_of(path), path, load_checkpoint(path), notes)
-                state = TrainerState.load(path, mmap=stays_in_file(cfg))
+                state = TrainerState.load(path)
                 reason = _unusable(state, cfg, n_tokens) or _other_place(path, state) or _other_file(path, state, notes)
                 if not reason:
                     return _from_state(cfg, path, state, notes)
@@ -91,15 +91,6 @@ def find_start(cfg: TrainConfig, n_tokens: int = 0) -> Start:
                                          "rwkv-init.pth", *notes]))  # fmt: skip
     epoch, path, weights = starting_checkpoint(cfg)
     return _from_weights(cfg, epoch, path, weights, notes)
-
-
-def stays_in_file(cfg: TrainConfig) -> bool:
-    """Whether a state's tensors are left in their file until each process has copied its share to a GPU.
-
-    Else a machine with 8 processes would need the memory of 8 states. Not on a processor, which would go on using what
-    is in the file after the file is gone; nor on Windows, where such a file can be neither renamed nor removed.
-    """
-    return cfg.accelerator != "cpu" and cfg.devices * cfg.num_nodes > 1 and os.name == "posix"
 
 
 def list_states(proj_dir: str | os.PathLike) -> list[tuple[int, int | None, Path]]:

@@ -138,6 +138,12 @@ def _others(c: TrainConfig) -> list[tuple[bool, str]]:
         (cpu and not one and c.strategy.startswith(("deepspeed", "fsdp")),
          f"strategy={c.strategy!r}: needs GPUs; several processes on processors (accelerator='cpu', devices="
          f"{c.devices}, num_nodes={c.num_nodes}) share the work with strategy='ddp'"),
+        (c.strategy == "fsdp_cpu_offload" and c.accumulate_grad_batches > 1,
+         f"accumulate_grad_batches={c.accumulate_grad_batches}: with strategy={c.strategy!r} torch keeps the gradient "
+         "of the last batch alone; use strategy=fsdp or deepspeed_stage_3_offload, or one larger micro_bsz"),
+        (c.strategy == "fsdp_cpu_offload" and c.precision == "fp16",
+         f"precision=fp16: with strategy={c.strategy!r} torch does not wait for the loss scale on its way to the "
+         "processor; use precision=bf16, or strategy=fsdp or deepspeed_stage_3_offload"),
         (c.compile == 1 and ("stage_3" in c.strategy or c.strategy.startswith("fsdp")),
          f"compile=1: with strategy={c.strategy!r}, which cuts the parameters, it is not built; use compile=0, or "
          "strategy=ddp or deepspeed_stage_2"),

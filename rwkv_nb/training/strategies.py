@@ -46,6 +46,11 @@ def cuts_parameters(strategy: Strategy) -> bool:
     return isinstance(strategy, FSDPStrategy) or _zero_stage(strategy) == 3
 
 
+def head_stays_whole(strategy: Strategy) -> bool:
+    """Whether the head's weights are there for the whole step, and not only while the head itself runs."""
+    return _zero_stage(strategy) != 3
+
+
 def same_start(strategy: Strategy, model: torch.nn.Module) -> None:
     """Give every process the weights of process 0, tensor by tensor; to be called before the strategy wraps the model.
 

@@ -74,12 +74,9 @@ class TrainerState:
         return write_tensors({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, mmap: bool = False) -> TrainerState:
-        """Raises FileNotFoundError, or CheckpointError for a file that is damaged, holds code, or is no such state.
-
-        mmap: the tensors' bytes stay in the file until they are used, so processes of one machine share them.
-        """
-        content = read_tensors(path, mmap=mmap)
+    def load(cls, path: str | os.PathLike) -> TrainerState:
+        """Raises FileNotFoundError, or CheckpointError for a file that is damaged, holds code, or is no such state."""
+        content = read_tensors(path)
         wrong = _what_is_wrong(content)
         if wrong:
             raise CheckpointError(f"{path}: no trainer state that can be used here ({wrong}); delete it")

@@ -2,9 +2,10 @@
 
 It is: functions that every process calls. A run that cuts nothing gives a copy; the pieces of fsdp and DeepSpeed are
 put together in the RAM of the first process (12 bytes a parameter), so that one file holds the state of any run and
-another strategy, with as many processes, can go on from it. DeepSpeed's come one parameter at a time; FSDP needs 4
-bytes a parameter on each GPU for it. It is not: the file (trainer_state.py), nor the folders of pieces that torch and
-DeepSpeed can write, which fit the same strategy alone and, DeepSpeed's, hold pickled code.
+another strategy, with as many processes, can go on from it. DeepSpeed's come one parameter at a time, FSDP's what it
+gathers at a time: embedding, head and block 0, and another block. It is not: the file (trainer_state.py), nor the
+folders of pieces that torch and DeepSpeed can write, which fit the same strategy alone and, DeepSpeed's, hold pickled
+code.
 
 Source: torch.distributed.fsdp; `safe_get_full_...` of deepspeed/utils/tensor_fragment.py.
 """

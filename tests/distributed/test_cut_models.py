@@ -1,7 +1,7 @@
 """fsdp and DeepSpeed's stages with two processes: the losses and weights of ddp (which test_two_processes.py tests).
 
 On processors, where torch and DeepSpeed cut, send and put together as they do on GPUs: worker_without_gpu.py says what
-differs. Tests on a GPU are in test_gpu.py.
+differs. Tests on a GPU are in test_gpu.py. Weight decay is large, so that a parameter in the wrong group shows.
 """
 
 import importlib.util
@@ -54,7 +54,7 @@ def base(tmp_path_factory):
     flags = {
         "data_file": str(folder / "data"), "data_type": "binidx", "vocab_size": 64, "ctx_len": CTX, "my_pile_stage": 3,
         "magic_prime": 71, "accelerator": "cpu", "devices": 2, "micro_bsz": 2, "n_layer": 2, "n_embd": 64,
-        "lr_init": 2e-3, "lr_final": 1e-4, "warmup_steps": 2, "weight_decay": 0.01, "layerwise_lr": 1,
+        "lr_init": 2e-3, "lr_final": 1e-4, "warmup_steps": 2, "weight_decay": 2.0, "layerwise_lr": 1,
         "random_seed": 5, "dropout": 0.1,
     }  # fmt: skip
     alone = {**flags, "my_pile_stage": 1, "devices": 1, "proj_dir": str(folder / "begin")}
@@ -111,10 +111,11 @@ def stops_in(last):
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", *DEEPSPEED])
 def test_a_cut_model_trains_like_a_whole_one_and_goes_on_where_it_stopped(strategy, base, ddp):
-    *whole, stopped = run(base, strategy, *((kind, "whole", {}) for kind in ddp), ("bf16", "stopped", stops_in(3)))
-    for (losses, val, weights, folder), kind in zip(whole, ddp, strict=True):
+    kinds = [kind for kind in ddp if (strategy, kind) != ("fsdp_cpu_offload", "collected")]  # refused, see rules.py
+    *whole, stopped = run(base, strategy, *((kind, "whole", {}) for kind in kinds), ("bf16", "stopped", stops_in(3)))
+    for (losses, val, weights, folder), kind in zip(whole, kinds, strict=True):
         expected, expected_val, expected_weights, _ = ddp[kind]
-        assert losses == pytest.approx(expected, rel=2e-3 if kind == "bf16" else 2e-5), kind
+        assert losses == pytest.approx(expected, rel=5e-3 if kind == "bf16" else 2e-5), kind
         assert val == (expected_val and pytest.approx(expected_val, rel=1e-4)), kind
         close(expected_weights, weights, *((0.05, 1e-2) if kind == "bf16" else (1e-3, 1e-4)))
         assert states(folder) == ["rwkv-0.8.state"]

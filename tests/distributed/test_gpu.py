@@ -1,8 +1,7 @@
 """What needs a GPU: every precision, fsdp and DeepSpeed's stages give the losses and weights of one plain process.
 
-Skipped, loudly, where there is no CUDA device; DeepSpeed's also where it is not installed. One device is enough to test
-that optimizer, clipping and saving are the right ones; that pieces are put together is tested on processors, in
-test_cut_models.py.
+Skipped, loudly, where there is no CUDA device; DeepSpeed's also where it is not installed. With one device nothing is
+cut: that pieces are put together is tested here where there are two, and on processors in test_cut_models.py.
 """
 
 import importlib.util
@@ -47,7 +46,8 @@ def trained(flags, folder, name, **more):
     out = folder / name
     (out / "run").mkdir(parents=True)
     flags = {**flags, **more, "proj_dir": str(out / "run")}
-    init_checkpoint(TrainConfig(**{**flags, "my_pile_stage": 1}))
+    alone = {"my_pile_stage": 1, "devices": 1, "strategy": "auto", "accumulate_grad_batches": 1}
+    init_checkpoint(TrainConfig(**{**flags, **alone}))
     settings = folder / f"{name}.json"
     settings.write_text(json.dumps({"flags": flags, "out": str(out)}), encoding="utf-8")
     done = subprocess.run([sys.executable, str(WORKER), str(settings)], capture_output=True, text=True, timeout=600)
@@ -83,3 +83,17 @@ def test_a_strategy_gives_the_plain_run(strategy, flags, tmp_path):
         assert torch.equal(state.weights[name].to(weights[name].dtype), weights[name]), name
         assert state.optimizer[name]["step"] == whole.optimizer[name]["step"] == 8, name
         assert state.optimizer[name]["exp_avg_sq"].sum() > 0, name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="ONE GPU OR NONE: these runs need two")
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", *DEEPSPEED])
+def test_two_devices_give_the_run_of_ddp(strategy, flags, tmp_path):
+    if strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("NO DEEPSPEED: pip install deepspeed")
+    collected = 1 if strategy == "fsdp_cpu_offload" else 2
+    more = {"devices": 2, "micro_bsz": 2 // collected, "accumulate_grad_batches": collected, "weight_decay": 2.0}
+    plain, expected, _ = trained(flags, tmp_path, "ddp", strategy="ddp", **more)
+    found, weights, _ = trained(flags, tmp_path, strategy, strategy=strategy, **more)
+    assert found == pytest.approx(plain, rel=2e-2), "bfloat16 weights in DeepSpeed round differently"
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name].float(), tensor.float(), rtol=0.1, atol=2e-2, msg=name)

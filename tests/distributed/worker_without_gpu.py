@@ -2,7 +2,8 @@
 
 The strategies are the real ones. The processes talk over gloo, parameters, gradients and Adam's state are cut, gathered
 and put together again by torch and DeepSpeed. What is not there: a GPU's kernels, streams and memory, and NCCL; the
-copy of whole tensors from a GPU to the CPU. What is replaced: FSDP's autocast, by that of a processor.
+copies of tensors between a GPU and the CPU, which is all that `fsdp_cpu_offload` adds to `fsdp`. What is replaced:
+FSDP's autocast, by that of a processor; waiting for streams and pinned memory, by nothing.
 """
 
 import functools
@@ -23,7 +24,7 @@ from pytorch_lightning.trainer.connectors.accelerator_connector import _Accelera
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from rwkv_nb.model import fused
-from rwkv_nb.training import resume, rules, trainer
+from rwkv_nb.training import rules, trainer
 
 
 def deepspeed_on_cpu() -> None:
@@ -113,7 +114,6 @@ if __name__ == "__main__":
         MOST = watch_whole()
         trainer.MixedPrecision = half_precision
     fused._format = lambda *tensors: None  # the definitions in plain PyTorch, which run on a GPU
-    resume.stays_in_file = lambda cfg: True
     others = rules._others
     rules._others = lambda c: [rule for rule in others(c) if "needs GPUs" not in rule[1]]
     spec = importlib.util.spec_from_file_location("worker", Path(__file__).with_name("worker.py"))

@@ -168,20 +168,6 @@ def test_pruning(tmp_path):
     assert len(left) == 4 and prune_states(tmp_path, ours, (3, 4), STEPS) == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of what is mapped into a process")
-@pytest.mark.parametrize(("accelerator", "shared"), [("gpu", True), ("cpu", False)])
-def test_processes_with_gpus_share_the_memory_of_a_state(tmp_path, accelerator, shared):
-    flags = {"accelerator": accelerator, "devices": 2, "micro_bsz": 1008}
-    one = state(3, 2, **flags)
-    one.ranks *= 2
-    path = one.save(tmp_path / "rwkv-3.2.state")
-    start = found(tmp_path, **flags)
-    assert (str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")) == shared
-    path.unlink()  # the memory stays
-    assert start.state is not None and all(torch.equal(start.weights[name], w) for name, w in WEIGHTS.items())
-    assert all(torch.equal(entry["exp_avg"], one.optimizer[n]["exp_avg"]) for n, entry in start.state.optimizer.items())
-
-
 def test_a_truncated_state_is_passed_over_whatever_its_length(tmp_path):
     put(tmp_path, "rwkv-3.pth"), put(tmp_path, "rwkv-init.pth")
     path = put(tmp_path, "rwkv-3.state")

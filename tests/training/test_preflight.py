@@ -57,6 +57,16 @@ def test_every_check_names_flag_value_and_remedy(base, changes, expected, monkey
     assert set(os.listdir()) == {"text.bin", "text.idx"}
 
 
+def test_what_torch_gets_wrong_with_pieces_in_ram_is_refused():
+    cfg = TrainConfig(strategy="fsdp_cpu_offload", accelerator="gpu", precision="bf16", n_layer=2, n_embd=64,
+                      vocab_size=64, ctx_len=16, my_pile_stage=0, proj_dir="run")  # fmt: skip
+    assert cfg.problems() == []
+    for flag, value in {"accumulate_grad_batches": 2, "precision": "fp16"}.items():
+        [problem] = cfg.replace(**{flag: value}).problems()
+        assert problem.startswith(f"{flag}={value}: with strategy='fsdp_cpu_offload' torch") and "use " in problem
+        assert cfg.replace(**{flag: value}, strategy="fsdp").problems() == []
+
+
 def test_a_vocabulary_that_is_not_the_tokenizers(base):
     write_data("world", tokenizer=World)
     assert problems({**base, "data_file": "world", "vocab_size": 50277}) == [
