@@ -138,7 +138,7 @@ __device__ inline void fill_tables(Shared<float> powers, Shared<float> log_d, Sh
     if (j >= N) return;
     const float log = -expf(w[i + j]);
     // d^-8 of fast decays is infinite: nobody reads it then
-    for (int e = -8; e <= 8; e++) powers[(8 + e) * ROW + j] = expf(e * log);
+    for (int e = -8; e <= 8; e++) powers[(8 + e) * ROW + j] = e ? expf(e * log) : 1;  // log may be infinite
     const Decay d = decay_over(L, log);
     log_d[j] = log;
     bonus[j] = u[i + j];

@@ -97,6 +97,7 @@ def import_package() -> types.ModuleType:
             f"RWKV_CUDA_ON = 1 compiles the `rwkv` package's CUDA kernels, but {missing} is missing; install it, or "
             "set RWKV_CUDA_ON=0"
         )
+    products, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         import rwkv.model
     except (RuntimeError, OSError) as error:  # a compiler's complaint
@@ -104,6 +105,9 @@ def import_package() -> types.ModuleType:
             f"the `rwkv` package could not be imported ({str(error).strip().splitlines()[0]}); with RWKV_CUDA_ON=0 it "
             "compiles nothing"
         ) from error
+    finally:  # the package switches tf32 on, for everybody
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = cudnn
     return rwkv.model
 
 

@@ -97,12 +97,13 @@ def _in_slices(
             # n weights: with few exponents in a number format, a probability does better than its n-th part
             losses[part], largest[part], at[part] = fused.softmax_(logits, targets[part], n * weights[part])
             if want_x:
-                torch.mul(logits @ narrow_weight, 1 / n, out=gx[part])
+                gx[part] = logits @ narrow_weight
+                gx[part].mul_(1 / n)  # only now, in float32: float16 has no digits left for so small numbers
             if want_weight and dtype == gweight.dtype:
                 torch.addmm(gweight, logits.T, xs, beta=float(a > 0), alpha=1 / n, out=gweight)
             elif want_weight:
                 product = logits.T @ xs  # (V, D)
-                torch.mul(product, 1 / n, out=gweight) if a == 0 else gweight.add_(product, alpha=1 / n)
+                gweight.copy_(product).mul_(1 / n) if a == 0 else gweight.add_(product, alpha=1 / n)
     return losses, largest, at, gx, gweight
 
 
@@ -159,7 +160,8 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = 
     wide = torch.promote_types(x.dtype, torch.float32)
     weights = torch.full((targets.numel(),), 1 / targets.numel(), dtype=wide, device=x.device)
     if mask is not None:
-        weights = mask.reshape(-1).to(wide) / mask.sum().to(wide).clamp(min=1e-9)
+        mask = mask.reshape(-1).to(wide)  # DeepSpeed makes it half: ones could not be counted
+        weights = mask / mask.sum().clamp(min=1e-9)
     autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     differentiate = torch.is_grad_enabled()  # inside it is always off
@@ -193,6 +195,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tenso
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    mask = mask.to(wide)  # DeepSpeed makes it half: ones could not be counted
     return _L2Wrap.apply((losses * mask).sum() / mask.sum().clamp(min=1e-9), logits)
 
 

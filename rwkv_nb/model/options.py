@@ -42,8 +42,9 @@ class MishGLU(nn.Module):
     def forward(self, x: Tensor, x_prev: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D) -> out (B, T, D) and the state after it."""
         shifted = token_shift(x, x_prev)
-        a = self.aa(torch.lerp(shifted, x, self.time_mix_k))  # (B, T, F)
-        b = self.bb(torch.lerp(shifted, x, self.time_mix_r))  # (B, T, F)
+        # FSDP has weights in bfloat16 where autocast leaves x in float32
+        a = self.aa(torch.lerp(shifted, x, self.time_mix_k.to(x.dtype)))  # (B, T, F)
+        b = self.bb(torch.lerp(shifted, x, self.time_mix_r.to(x.dtype)))  # (B, T, F)
         return self.value(a * F.mish(b)), x[:, -1].clone()
 
 

@@ -34,7 +34,7 @@ def flags(tmp_path):
         builder.add_item(np.random.default_rng(3).integers(1, 50, 1240).astype(np.uint16))
         builder.end_document()
     return {
-        "data_file": str(tmp_path / "data"), "data_type": "binidx", "vocab_size": 64, "ctx_len": 16, "devices": 1,
+        "data_file": str(tmp_path / "data"), "data_type": "binidx", "vocab_size": 4096, "ctx_len": 16, "devices": 1,
         "my_pile_stage": 3, "magic_prime": 71, "accelerator": ACCELERATOR, "strategy": "auto", "precision": "bf16",
         "micro_bsz": 4, "n_layer": 2, "n_embd": 64, "lr_init": 2e-3, "lr_final": 1e-4, "warmup_steps": 2,
         "weight_decay": 0.01, "random_seed": 5, "my_exit_tokens": 8 * 4 * 16,
@@ -53,7 +53,16 @@ def trained(flags, folder, name, **more):
     done = subprocess.run([sys.executable, str(WORKER), str(settings)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     seen = json.loads((out / "rank-0.json").read_text(encoding="utf-8"))["losses"]
-    return seen, load_checkpoint(out / "run" / "rwkv-final.pth"), TrainerState.load(out / "run" / "rwkv-0.8.state")
+    [state] = (out / "run").glob("rwkv-0.*.state")
+    return seen, load_checkpoint(out / "run" / "rwkv-final.pth"), TrainerState.load(state)
+
+
+def off(folder, one, other):
+    """How far two runs' float32 weights lie apart, over how far training has moved them."""
+    begin = load_checkpoint(folder / "run" / "rwkv-init.pth")
+    apart = sum(float((tensor - other.weights[name]).square().sum()) for name, tensor in one.weights.items())
+    moved = sum(float((tensor - begin[name].float()).square().sum()) for name, tensor in one.weights.items())
+    return (apart / moved) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -76,10 +85,9 @@ def test_a_strategy_gives_the_plain_run(strategy, flags, tmp_path):
     plain, expected, whole = trained(flags, tmp_path, "auto")
     found, weights, state = trained(flags, tmp_path, strategy, strategy=strategy)
     assert found == pytest.approx(plain, rel=2e-2), "bfloat16 weights in DeepSpeed round differently"
-    assert weights.keys() == expected.keys()
+    assert weights.keys() == expected.keys() and off(tmp_path / "auto", whole, state) < 0.5
     for name, tensor in expected.items():
         assert weights[name].shape == tensor.shape
-        torch.testing.assert_close(weights[name].float(), tensor.float(), rtol=0.1, atol=2e-2, msg=name)
         assert torch.equal(state.weights[name].to(weights[name].dtype), weights[name]), name
         assert state.optimizer[name]["step"] == whole.optimizer[name]["step"] == 8, name
         assert state.optimizer[name]["exp_avg_sq"].sum() > 0, name
@@ -91,9 +99,8 @@ def test_two_devices_give_the_run_of_ddp(strategy, flags, tmp_path):
     if strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("NO DEEPSPEED: pip install deepspeed")
     collected = 1 if strategy == "fsdp_cpu_offload" else 2
-    more = {"devices": 2, "micro_bsz": 2 // collected, "accumulate_grad_batches": collected, "weight_decay": 2.0}
-    plain, expected, _ = trained(flags, tmp_path, "ddp", strategy="ddp", **more)
-    found, weights, _ = trained(flags, tmp_path, strategy, strategy=strategy, **more)
-    assert found == pytest.approx(plain, rel=2e-2), "bfloat16 weights in DeepSpeed round differently"
-    for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name].float(), tensor.float(), rtol=0.1, atol=2e-2, msg=name)
+    more = {"devices": 2, "micro_bsz": 2 // collected, "accumulate_grad_batches": collected, "weight_decay": 2.0,
+            "precision": "fp32"}  # fmt: skip
+    plain, _, whole = trained(flags, tmp_path, "ddp", strategy="ddp", **more)
+    found, _, state = trained(flags, tmp_path, strategy, strategy=strategy, **more)
+    assert found == pytest.approx(plain, rel=1e-3) and off(tmp_path / "ddp", whole, state) < 0.02

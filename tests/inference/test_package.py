@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 import types
 
@@ -116,3 +117,13 @@ def test_loading_is_silent_and_leaves_the_garbage_collector_as_it_was(tmp_path, 
     with pytest.raises(FileNotFoundError):
         package.PackageEngine(tmp_path / "small.pth", parse_strategy("cpu bf16", 2), config)
     assert gc.get_freeze_count() == frozen
+
+
+def test_the_package_leaves_the_products_of_others_alone():
+    """It switches tf32 on when it is imported."""
+    code = (
+        "import torch; from rwkv_nb.inference import package; package.import_package()\n"
+        "print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["highest False"], done.stdout + done.stderr

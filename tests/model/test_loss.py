@@ -1,5 +1,7 @@
 """The loss, of logits and of a head in slices: the value and the gradient, by the formula written by hand."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,6 +146,29 @@ def test_sliced_products_in_half_precision(dtype):
     for got, grad in zip(torch.autograd.grad(1024 * loss, leaves), truth, strict=True):
         assert got.dtype == torch.float32
         assert float((got - grad).norm() / grad.norm()) < close
+
+
+def test_many_positions_in_float16():
+    """A gradient is divided by the number of positions in float32: float16 would lose most of its digits."""
+    g = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(1, 20_000, 64, generator=g), 0.05 * torch.randn(64, 64, generator=g)
+    targets = torch.randint(0, 64, (1, 20_000), generator=g)
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    truth = torch.autograd.grad(l2wrap_cross_entropy(F.linear(*exact), targets), exact)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    with torch.autocast("cpu", torch.float16):
+        loss = head_loss(*leaves, targets)
+    for got, grad in zip(torch.autograd.grad(loss, leaves), truth, strict=True):
+        assert float((got - grad).norm() / grad.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mask_in_half_precision_is_counted_in_float32(dtype):
+    """So DeepSpeed hands it over. float16 ends at 65504, bfloat16 cannot tell 257 from 256."""
+    x, weight = torch.zeros(1, 66_001, 2), torch.zeros(3, 2, requires_grad=True)
+    targets, mask = torch.zeros(1, 66_001, dtype=torch.long), torch.ones(1, 66_001, dtype=dtype)
+    for loss in (head_loss(x, weight, targets, mask), masked_cross_entropy(F.linear(x, weight), targets, mask)):
+        assert float(loss.detach()) == pytest.approx(math.log(3), rel=1e-5)
 
 
 def test_sliced_with_half_precision_weights():

@@ -8,7 +8,7 @@ import torch
 
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.initialization import init_weights, parameter_shapes
-from rwkv_nb.model.options import copy_logits, join_states
+from rwkv_nb.model.options import MishGLU, copy_logits, join_states
 from rwkv_nb.model.rwkv import RWKV, check_weights
 
 SIZES = {"n_layer": 2, "n_embd": 32, "vocab_size": 20, "ctx_len": 15, "head_size_a": 16, "dim_ffn": 64}
@@ -321,3 +321,16 @@ def test_half_precision(option):
     for logits in both:
         assert logits.dtype == torch.bfloat16
         assert (logits - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_mish_glu_takes_mixes_in_another_format():
+    """As fsdp in bfloat16 gives them on a GPU, where autocast leaves the output of a LayerNorm in float32."""
+    layer = MishGLU(ModelConfig(n_layer=2, n_embd=64, vocab_size=20, my_testing="g"))
+    for parameter in layer.parameters():
+        torch.nn.init.uniform_(parameter)
+    x = torch.randn(1, 3, 64)
+    exact, _ = layer(x, torch.zeros(1, 64))
+    layer.time_mix_k.data, layer.time_mix_r.data = layer.time_mix_k.bfloat16(), layer.time_mix_r.bfloat16()
+    found, _ = layer(x, torch.zeros(1, 64))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))

@@ -90,6 +90,12 @@ def test_small_and_large_numbers_beside_fast_decays(scale, dtype):
     check(x)
 
 
+def test_a_decay_of_zero_whatever_its_exponent():
+    x = inputs(1, 20, 1, 16)
+    x[3][0, 3] = 89.0  # exp(89) is infinite in float
+    assert all(bool(torch.isfinite(t).all()) for name, t in zip(truth(*x), fast(*x), strict=True) if name != "gw")
+
+
 def test_errors_do_not_pile_up_over_two_thousand_steps():
     check(inputs(1, 2005, 1, 16, w=(-10.0, -10.0)))
 
