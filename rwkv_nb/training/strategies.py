@@ -41,9 +41,9 @@ def _alone(module: torch.nn.Module) -> bool:
     return isinstance(module, Block) and not hasattr(module, "ln0")
 
 
-def cuts_parameters(strategy: Strategy) -> bool:
-    """Whether no process holds the whole model during the run."""
-    return isinstance(strategy, FSDPStrategy) or _zero_stage(strategy) == 3
+def leaves_no_model(strategy: Strategy) -> bool:
+    """Whether a run leaves pieces of a model behind, or one whose weights DeepSpeed has rounded to 16 bits."""
+    return isinstance(strategy, FSDPStrategy | DeepSpeedStrategy)
 
 
 def head_stays_whole(strategy: Strategy) -> bool:

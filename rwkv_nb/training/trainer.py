@@ -35,7 +35,7 @@ from rwkv_nb.training.monitor import Monitor, ProgressBar, Record
 from rwkv_nb.training.resume import Start, complete, find_start, set_progress
 from rwkv_nb.training.runbook import RunBook
 from rwkv_nb.training.schedule import exit_reached
-from rwkv_nb.training.strategies import cuts_parameters, set_up
+from rwkv_nb.training.strategies import leaves_no_model, set_up
 from rwkv_nb.training.validation import Validation
 
 __all__ = [
@@ -120,7 +120,7 @@ def train(
             raise interrupted
         if progress:
             print(interrupted)
-    if cuts_parameters(trainer.strategy) and trainer.is_global_zero:  # `model` has pieces; the file has the whole
+    if leaves_no_model(trainer.strategy) and trainer.is_global_zero:  # but the file has it
         weights = load_checkpoint(Path(cfg.proj_dir) / "rwkv-final.pth")
         model = RWKV(cfg.model_config(), {name: tensor.float() for name, tensor in weights.items()})
     return model.cpu().eval()
@@ -184,6 +184,7 @@ def _trainer(cfg: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         devices=cfg.devices,
         num_nodes=cfg.num_nodes,
         strategy=cfg.strategy,
+        default_root_dir=cfg.proj_dir or None,  # under Slurm Lightning leaves a checkpoint there, and looks for one
         max_epochs=-1,  # the end is RunBook's business, as in the official code
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         gradient_clip_val=GRAD_CLIP,

@@ -242,7 +242,7 @@ def test_a_dataset_for_another_rank_is_refused(flags):
 
 def test_a_model_in_pieces_comes_back_whole(flags, monkeypatch):
     """As with fsdp, where what is left in this process is of no use; pretended here, since it needs GPUs."""
-    monkeypatch.setattr("rwkv_nb.training.trainer.cuts_parameters", lambda strategy: True)
+    monkeypatch.setattr("rwkv_nb.training.trainer.leaves_no_model", lambda strategy: True)
     more = {"devices": 1, "strategy": "auto", "precision": "bf16", "my_exit_tokens": 4 * 2 * CTX}
     alone = TrainConfig(**{**flags, **more})
     trained = train(alone, progress=False)
