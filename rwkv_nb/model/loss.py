@@ -160,7 +160,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = 
     wide = torch.promote_types(x.dtype, torch.float32)
     weights = torch.full((targets.numel(),), 1 / targets.numel(), dtype=wide, device=x.device)
     if mask is not None:
-        mask = mask.reshape(-1).to(wide)  # DeepSpeed makes it half: ones could not be counted
+        mask = mask.reshape(-1).to(wide)  # DeepSpeed and FSDP make it half: ones could not be counted
         weights = mask / mask.sum().clamp(min=1e-9)
     autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -195,7 +195,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tenso
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    mask = mask.to(wide)  # DeepSpeed makes it half: ones could not be counted
+    mask = mask.to(wide)  # DeepSpeed and FSDP make it half: ones could not be counted
     return _L2Wrap.apply((losses * mask).sum() / mask.sum().clamp(min=1e-9), logits)
 
 

@@ -44,7 +44,8 @@ def load_weights(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Te
 
 
 def strip_prefix(name: str) -> str:
-    """The official name of a parameter: without what wrappers put in front."""
+    """The official name of a parameter: without what wrappers put in front, or FSDP in between."""
+    name = name.replace("_fsdp_wrapped_module.", "")
     while True:
         for prefix in PREFIXES:
             if name.startswith(prefix):

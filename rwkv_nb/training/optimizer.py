@@ -20,6 +20,7 @@ from torch import nn
 
 from rwkv_nb.model.initialization import parameter_shapes
 from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.model.weights import strip_prefix
 from rwkv_nb.training.config import TrainConfig
 
 
@@ -47,7 +48,7 @@ def param_groups(model: nn.Module, cfg: TrainConfig) -> list[dict[str, Any]]:
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"1x": [], "2x": [], "3x": [], "decay": []}
     shapes = parameter_shapes(model.config) if isinstance(model, RWKV) else {}
     for long, parameter in sorted(model.named_parameters()):
-        name = long.replace("_fsdp_wrapped_module.", "")
+        name = strip_prefix(long)
         whole = torch.empty(shapes.get(name, parameter.shape), device="meta")
         members[group_of(name, whole, cfg)].append((name, parameter))
     scales = {"1x": 1.0, "2x": 5.0, "3x": 5.0} if cfg.my_pile_stage == 2 else {"1x": 1.0, "2x": 2.0, "3x": 3.0}
