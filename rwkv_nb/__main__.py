@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{PROGRAM} {name}: {empty[0]}: '--' is no value", 2)  # argparse would make a list of it
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
-    except KeyboardInterrupt as stop:  # a run that has saved itself knows why it ended: Ctrl-C, or SIGTERM
+    except KeyboardInterrupt as stop:  # a run that has saved itself knows why it ended
         return _fail(f"\n{str(stop) or 'interrupted'}", getattr(stop, "exit_code", 130))
     except BrokenPipeError:  # the reader of our output, `head` for one, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

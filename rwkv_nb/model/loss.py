@@ -3,6 +3,7 @@
     l2wrap_cross_entropy(logits, targets)           of logits that are there
     head_loss(x, head.weight, targets, mask)        of what the head sees: the head itself is part of it
     next_token_loss(model, idx, targets, mask)      of a model and a batch, by the better of the two
+    token_losses(model, idx, targets)               cross entropy alone, position by position, to measure a model
 
 The value is plain cross entropy. The gradient has one more term, "L2Wrap": at each of the B T positions, the largest
 logit m receives 1e-4 m / (B T), which keeps logits near zero. As in the official code this term is not multiplied by
@@ -212,6 +213,24 @@ def next_token_loss(
         return head_loss(model.hidden(idx)[0], model.head.weight, targets, mask)
     logits, _ = model(idx)
     return l2wrap_cross_entropy(logits, targets) if mask is None else masked_cross_entropy(logits, targets, mask)
+
+
+def token_losses(model: nn.Module, idx: Tensor, targets: Tensor, sliced: bool = True) -> Tensor:
+    """Cross entropy of each position (B, T), in float32 or better, without gradients in mind.
+
+    The head works on a slice of positions at a time, so that this needs less memory than a training step; sliced as
+    for `next_token_loss`.
+    """
+    V, head = model.config.vocab_size, model.head
+    if sliced and model.config.head_qk == 0:
+        x = model.hidden(idx)[0].flatten(0, 1)  # (B T, D)
+    else:
+        x, head = model(idx)[0].flatten(0, 1), nn.Identity()  # (B T, V)
+    rows = max(1, _HEAD_SLICE // V)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parts = zip(x.split(rows), targets.flatten().split(rows), strict=True)
+    losses = [F.cross_entropy(head(some).to(wide), right, reduction="none") for some, right in parts]
+    return torch.cat(losses).view(targets.shape)
 
 
 def _check_targets(name: str, targets: Tensor, V: int) -> None:

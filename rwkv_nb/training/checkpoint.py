@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rwkv_nb.model.weights import strip_prefix
+from rwkv_nb.training.agreement import first_process
 from rwkv_nb.training.files import CheckpointError, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -86,10 +87,14 @@ def newest_checkpoint(proj_dir: str | os.PathLike) -> tuple[int, Path]:
 
 
 def init_checkpoint(cfg: TrainConfig) -> Path:
-    """Build official initial weights and write proj_dir/rwkv-init.pth, in the dtype of `cfg.precision` (stage 1).
+    """Write proj_dir/rwkv-init.pth with `initial_weights`, in the dtype of `cfg.precision` (stage 1)."""
+    return save_checkpoint(initial_weights(cfg), Path(cfg.proj_dir) / "rwkv-init.pth", cfg.precision)
 
-    With `cfg.load_model` they are grown from that model. `cfg.vocab_size` must be known; `cfg.random_seed`, if not
-    negative, makes the weights repeatable.
+
+def initial_weights(cfg: TrainConfig) -> dict[str, torch.Tensor]:
+    """Official initial weights; with `cfg.load_model` they are grown from that model.
+
+    `cfg.vocab_size` must be known; `cfg.random_seed`, if not negative, makes the weights repeatable.
     """
     if cfg.vocab_size <= 0:
         raise ValueError("vocab_size=0: the size of the vocabulary must be known to build weights; 65536 for World")
@@ -103,7 +108,7 @@ def init_checkpoint(cfg: TrainConfig) -> Path:
             weights = grow(weights, load_checkpoint(cfg.load_model))
         except ValueError as error:
             raise CheckpointError(f"{cfg.load_model}: {error}") from error
-    return save_checkpoint(weights, Path(cfg.proj_dir) / "rwkv-init.pth", cfg.precision)
+    return weights
 
 
 def starting_checkpoint(cfg: TrainConfig) -> tuple[int, Path, dict[str, torch.Tensor]]:
@@ -111,11 +116,14 @@ def starting_checkpoint(cfg: TrainConfig) -> tuple[int, Path, dict[str, torch.Te
 
     `cfg.load_model` if given ("0" counts as not given, as in the official script); else in stages 2 to 4 the newest
     readable checkpoint of proj_dir, where a damaged one is named in a warning and passed over; else new, initial ones.
-    Stage 1 always makes new ones, grown from `cfg.load_model` if that is given.
+    Stage 1 always makes new ones, grown from `cfg.load_model` if that is given. Of several processes the first alone
+    writes new ones; the others have some of their own until it hands out its own (strategies.py).
     """
     if cfg.load_model not in ("", "0") and cfg.my_pile_stage != 1:
         return cfg.epoch_begin - 1, Path(cfg.load_model), load_checkpoint(cfg.load_model)
     if cfg.my_pile_stage < 2:
+        if not first_process():
+            return INIT_EPOCH, Path(cfg.proj_dir) / "rwkv-init.pth", initial_weights(cfg)
         path = init_checkpoint(cfg)
         return INIT_EPOCH, path, load_checkpoint(path)
     newest_checkpoint(cfg.proj_dir)  # raises if there is none

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from rwkv_nb.training.agreement import first_process
 from rwkv_nb.training.config import ConfigError, TrainConfig
 from rwkv_nb.training.lightning_flags import REFUSED
 from rwkv_nb.training.preflight import examine
@@ -140,12 +141,6 @@ def as_flag(problem: str) -> str:
     return f"--{match[1]} {value}{problem[match.end():]}"
 
 
-def first_process() -> bool:
-    """Whether this process is the one that speaks: Lightning and cluster managers number the others."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
 def slow_format(cfg: TrainConfig) -> str:
     """Advice where a processor has to imitate the number format of `cfg.precision`; "" elsewhere. Imports torch."""
     import torch
@@ -168,7 +163,7 @@ def _show(message: Warning | str, *where: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then train. Exit code 0 for a run that ended, 2 for flags or files that make it impossible.
 
-    Raises Interrupted (exit code 130 or 143) after Ctrl-C or SIGTERM, when everything is saved.
+    Raises Interrupted (exit code 130, 143, 138) after Ctrl-C, SIGTERM or SIGUSR1, when everything is saved.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     speaks = first_process()

@@ -1,4 +1,5 @@
-"""What surrounds a run: Lightning kept quiet, and Ctrl-C and SIGTERM, which end it after the step at hand.
+"""What surrounds a run: Lightning kept quiet, and signals that end it after the step at hand: Ctrl-C and SIGTERM, and
+SIGUSR1 and SIGUSR2, by which Slurm announces the end of a job (`sbatch --signal=USR1@300`).
 
 It is: two context managers. It is not: the run itself (trainer.py), nor what is saved at its end (runbook.py).
 """
@@ -31,11 +32,18 @@ def quiet() -> Iterator[None]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that ended early because it was asked to, with everything saved. `exit_code`: 130 Ctrl-C, 143 SIGTERM."""
+    """A run that ended early because it was asked to, with everything saved.
+
+    `exit_code`: 128 and the number of the signal, as shells have it: 130 Ctrl-C, 143 SIGTERM, on Linux 138 SIGUSR1.
+    """
 
     def __init__(self, number: int) -> None:
         self.number, self.exit_code = number, 128 + number
         super().__init__(f"{signal.Signals(number).name}: the run has stopped after a step, and its files are saved")
+
+
+ENDS = (signal.SIGINT, signal.SIGTERM)
+ANNOUNCES = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))  # not on Windows
 
 
 class Stop:
@@ -46,11 +54,14 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def take_over(self) -> None:
-        """Be the one who hears Ctrl-C and SIGTERM (again: Lightning puts a handler of its own before ours)."""
+        """Be the one who hears (again: Lightning puts a handler of its own before ours). A program that has a use of
+        its own for SIGUSR1 or 2 keeps it."""
         if threading.current_thread() is not threading.main_thread():
             return  # signals are the main thread's
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (*ENDS, *ANNOUNCES):
             now = signal.getsignal(number)
+            if number in ANNOUNCES and now is not signal.SIG_DFL:
+                continue
             self._before.setdefault(number, signal.SIG_DFL if now is None else now)
             signal.signal(number, self._ask)
 
@@ -62,12 +73,13 @@ class Stop:
 
     def _ask(self, number: int, frame: Any) -> None:
         self.number = number
-        signal.signal(number, self._before[number])  # the next one of its kind is immediate
+        # the next one of its kind is immediate; but an announcement may come twice, from Slurm and from a script
+        signal.signal(number, signal.SIG_IGN if number in ANNOUNCES else self._before[number])
 
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[Stop]:
-    """Within: the first Ctrl-C or SIGTERM asks the run to end after its step, a second one acts as it would without us.
+    """Within: a signal asks the run to end after its step; a second Ctrl-C or SIGTERM acts as it would without us.
 
     Lightning answers KeyboardInterrupt by leaving the program; here it stays a KeyboardInterrupt.
     """

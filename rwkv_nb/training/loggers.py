@@ -23,6 +23,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, Logger
 
 from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.machine import wide
 from rwkv_nb.training.schedule import real_step, real_tokens, weight_decay
 
 FLUSH_EVERY = 20  # steps; what a killed run may lose of metrics.csv
@@ -62,7 +63,7 @@ class Metrics(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._loss_sum = self._loss_sum + pl_module.last_loss.double()
+        self._loss_sum = self._loss_sum + wide(pl_module.last_loss)
         self._batches += 1
         step = trainer.global_step
         if step == self._step:

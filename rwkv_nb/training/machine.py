@@ -23,6 +23,7 @@ PRECISION = {
     "fp16": ("16-mixed", torch.float16),
     "bf16": ("bf16-mixed", torch.bfloat16),
 }
+NO_FLOAT64 = ("mps",)  # kinds of devices that have no float64
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of <malloc.h>
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
 
@@ -81,6 +82,11 @@ def keep_freed_memory() -> bool:
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
     return all([mallopt(name, value) == 1 for name, value in wanted.items()])
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x for a long sum: in float64, or in float32 where the device has nothing wider."""
+    return x.float() if x.device.type in NO_FLOAT64 else x.double()
 
 
 def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager:

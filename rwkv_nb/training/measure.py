@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from rwkv_nb.model.loss import next_token_loss
+from rwkv_nb.model.loss import next_token_loss, token_losses
 from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.machine import autocast, keep_freed_memory
@@ -52,11 +52,7 @@ def evaluate(
             for first in range(0, n_windows, batch_size):
                 some = starts[first : first + batch_size]
                 windows = torch.stack([tokens[start : start + ctx_len + 1] for start in some]).to(device)
-                logits, _ = model(windows[:, :-1])  # (B, T, V)
-                losses = torch.nn.functional.cross_entropy(
-                    logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="sum"
-                )
-                total += float(losses)
+                total += float(token_losses(model, windows[:, :-1], windows[:, 1:]).sum())
     finally:
         model.train(was_training)
     return total / (n_windows * ctx_len)

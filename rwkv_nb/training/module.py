@@ -14,30 +14,35 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from rwkv_nb.data.dataset import TokenDataset
-from rwkv_nb.model.loss import next_token_loss
+from rwkv_nb.model.loss import next_token_loss, token_losses
 from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.training.agreement import check_same
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.optimizer import set_rates
 from rwkv_nb.training.schedule import learning_rate, weight_decay
 from rwkv_nb.training.strategies import clip_gradients, head_stays_whole, loss_to_divide, make_optimizer, same_start
-from rwkv_nb.training.validation import token_losses
 
 
 class LitRWKV(pl.LightningModule):
     """An RWKV, its data and its schedule as Lightning wants them; `last_loss` and `last_lr` are the last step's.
 
-    `last_val_loss`: None until a Validation has measured it.
+    `last_val_loss`: None until a Validation has measured it. begins_with: what must be the same in all processes.
     """
 
-    def __init__(self, model: RWKV, cfg: TrainConfig, dataset: TokenDataset) -> None:
+    def __init__(
+        self, model: RWKV, cfg: TrainConfig, dataset: TokenDataset, begins_with: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.cfg, self.dataset = model, cfg, dataset
+        self.model, self.cfg, self.dataset, self.begins_with = model, cfg, dataset, begins_with or {}
         self.done: dict[int, int] = {}  # mini-epoch -> its batches that an earlier run has already trained on
         self.last_loss = torch.tensor(float("nan"))
         self.last_lr = learning_rate(0, cfg)
         self.last_val_loss: float | None = None
 
     def setup(self, stage: str) -> None:
+        check_same(self.begins_with)
+        if self.trainer.global_rank > 0 and self.cfg.random_seed >= 0:
+            torch.manual_seed(self.cfg.random_seed + self.trainer.global_rank)  # dropout: each its own channels
         same_start(self.trainer.strategy, self.model)
 
     def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -48,7 +53,7 @@ class LitRWKV(pl.LightningModule):
 
     def validation_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
         idx, targets = batch  # (B, T) each
-        return token_losses(self.model(idx)[0], targets)  # (B, T)
+        return token_losses(self.model, idx, targets, sliced=head_stays_whole(self.trainer.strategy))  # (B, T)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.trainer.strategy, self.model, self.cfg)

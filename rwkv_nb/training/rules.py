@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "auto")
 STRATEGIES = (  # Lightning's names
-    "auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "ddp_spawn", "ddp_fork",
-    "ddp_notebook", "fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2",
-    "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme",
+    "auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "fsdp", "fsdp_cpu_offload",
+    "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3",
+    "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme",
 )  # fmt: skip
+COPIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # Lightning's too, not built here
 PRIME_COMMAND = "python -m rwkv_nb magic_prime DATA_FILE CTX_LEN"
 
 
@@ -54,9 +55,10 @@ def _choices(c: TrainConfig) -> list[tuple[bool, str]]:
         (getattr(c, name) not in values, f"{name}={getattr(c, name)!r}: use one of {', '.join(map(str, values))}")
         for name, values in allowed.items()
     ]
-    close = did_you_mean(c.strategy, STRATEGIES)
-    return [*rules, (c.strategy not in STRATEGIES,
-                     f"strategy={c.strategy!r}: no strategy of Lightning{close or '; use ' + ', '.join(STRATEGIES)}")]
+    why = f"no strategy of Lightning{did_you_mean(c.strategy, STRATEGIES) or '; use ' + ', '.join(STRATEGIES)}"
+    if c.strategy.startswith(COPIES):
+        why = "copies a running program, data and all; use ddp, which starts the command once more for each device"
+    return [*rules, (c.strategy not in STRATEGIES, f"strategy={c.strategy!r}: {why}")]
 
 
 def _ranges(c: TrainConfig) -> list[tuple[bool, str]]:

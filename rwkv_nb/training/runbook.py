@@ -29,6 +29,7 @@ from rwkv_nb.training.checkpoint import save_checkpoint
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.files import remove_orphans
 from rwkv_nb.training.interrupts import Stop
+from rwkv_nb.training.machine import wide
 from rwkv_nb.training.resume import Start, complete, prune_states
 from rwkv_nb.training.schedule import exit_reached
 from rwkv_nb.training.strategies import full_weights
@@ -80,7 +81,7 @@ class RunBook(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._loss_sum = self._loss_sum + pl_module.last_loss.double()  # a tensor on a GPU stays there: no waiting
+        self._loss_sum = self._loss_sum + wide(pl_module.last_loss)  # a tensor on a GPU stays there: no waiting
         self._batches += 1
         self._line = ""
         if exit_reached(trainer.global_step, self.cfg):

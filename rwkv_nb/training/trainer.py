@@ -7,7 +7,9 @@ Source: RWKV-LM `RWKV-v5/train.py` and `src/trainer.py`.
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +18,13 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.precision import MixedPrecision
-from pytorch_lightning.utilities import rank_zero_only
 
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
 from rwkv_nb.data.sources import Source
 from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.training.agreement import beginning, first_process
 from rwkv_nb.training.checkpoint import load_checkpoint, save_checkpoint
 from rwkv_nb.training.compiling import compiled
 from rwkv_nb.training.config import TrainConfig
@@ -65,6 +68,7 @@ def train(
     immediate. Raises ValueError before anything is written if the run is impossible.
     """
     cfg.validate()
+    _check_place(cfg)
     own_data = dataset is None
     if own_data:
         dataset = TokenDataset(DataConfig.from_flags(cfg), seed=max(0, cfg.random_seed))
@@ -107,7 +111,8 @@ def train(
             )
         if progress and trainer.is_global_zero:
             print("\n".join([dataset.describe(), *(f"note: {note}" for note in cfg.notes())]))
-        module = LitRWKV(model.train(), cfg, dataset)
+        begins_with = beginning(cfg, start, getattr(dataset, "n_tokens", 0))
+        module = LitRWKV(model.train(), cfg, dataset, begins_with)
         if start is not None and start.state is not None:
             set_progress(trainer, epoch - cfg.epoch_begin, step)
             module.done[epoch] = start.state.batch
@@ -126,6 +131,17 @@ def train(
     return model.cpu().eval()
 
 
+def _check_place(cfg: TrainConfig) -> None:
+    """Raise ValueError for several devices where the program cannot be started once more for each of them."""
+    several = cfg.devices * cfg.num_nodes > 1 and cfg.my_pile_stage != 1
+    if several and hasattr(sys, "ps1") and "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            f"devices={cfg.devices}, num_nodes={cfg.num_nodes}: each device needs the whole program, and a notebook or "
+            "a Python prompt is none; give the flags to `python -m rwkv_nb train` in a terminal, or in a cell that "
+            "begins with `!`"
+        )
+
+
 def _tell(start: Start, progress: bool) -> None:
     """What a user must know about the file that the run begins with: warnings, and where it goes on."""
     *passed_over, last = start.notes or [""]
@@ -137,7 +153,7 @@ def _tell(start: Start, progress: bool) -> None:
 
 def _only_finish(cfg: TrainConfig, model: RWKV, start: Start | None) -> None:
     """The files of a run that was over before it began."""
-    if rank_zero_only.rank != 0:
+    if not first_process():
         return
     folder = Path(cfg.proj_dir)
     remove_orphans(folder)
@@ -176,15 +192,18 @@ def _vocab_size(cfg: TrainConfig, dataset: TokenDataset) -> int:
 def _trainer(cfg: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Lightning's Trainer with everything switched off that writes, prints or shuffles of its own accord."""
     precision, dtype = PRECISION[cfg.precision]
-    how: dict[str, Any] = {"precision": precision}
+    how: dict[str, Any] = {"precision": precision, "plugins": []}
     if cfg.accelerator == "cpu" and dtype is torch.float16:  # Lightning itself would fall back to bfloat16
         how = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # else Lightning answers SIGUSR1 with a checkpoint of its own and a new job (interrupts.py does)
+        how["plugins"].append(SLURMEnvironment(auto_requeue=False))
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         devices=cfg.devices,
         num_nodes=cfg.num_nodes,
-        strategy=cfg.strategy,
-        default_root_dir=cfg.proj_dir or None,  # under Slurm Lightning leaves a checkpoint there, and looks for one
+        strategy="ddp" if cfg.strategy == "auto" and cfg.devices * cfg.num_nodes > 1 else cfg.strategy,
+        default_root_dir=os.path.join(cfg.proj_dir, ".lightning"),  # not there: under Slurm it would load hpc_ckpt_N
         max_epochs=-1,  # the end is RunBook's business, as in the official code
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         gradient_clip_val=GRAD_CLIP,

@@ -15,9 +15,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from rwkv_nb.data.sources import Source
+from rwkv_nb.training.machine import wide
 
 
 class Validation(pl.Callback):
@@ -52,7 +52,7 @@ class Validation(pl.Callback):
         # all processes take as many batches: with cut parameters each must join in every forward pass
         each = -(-self.n_windows // strategy.world_size)
         mine = [number * strategy.world_size + strategy.global_rank for number in range(each)]
-        total = torch.zeros((), dtype=torch.float64, device=pl_module.device)
+        total = wide(torch.zeros((), device=pl_module.device))
         pl_module.eval()
         try:
             with torch.no_grad():
@@ -61,18 +61,11 @@ class Validation(pl.Callback):
                     windows = torch.stack([self._window(number) for number in some]).to(pl_module.device)
                     counts = torch.tensor([number < self.n_windows for number in some], device=pl_module.device)
                     losses = strategy.validation_step((windows[:, :-1], windows[:, 1:]), first)  # (B, T)
-                    total += (losses.double().sum(dim=1) * counts).sum()
+                    total += (wide(losses).sum(dim=1) * counts).sum()
         finally:
             pl_module.train(was_training)
-        total = strategy.reduce(total.float() if total.device.type == "mps" else total, reduce_op="sum")
-        return float(total) / (self.n_windows * self.ctx_len)
+        return float(strategy.reduce(total, reduce_op="sum")) / (self.n_windows * self.ctx_len)
 
     def _window(self, number: int) -> Tensor:
         start = min(number, self.n_windows - 1) * self.ctx_len  # past the end: the last again, not counted
         return torch.from_numpy(self.held_out.window(start, self.ctx_len + 1))
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each position, (B, T), in float32 or better."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return cross_entropy(logits.to(dtype).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
