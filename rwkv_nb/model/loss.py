@@ -81,11 +81,17 @@ def l2wrap_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _in_slices(
-    x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype, want_x: bool, want_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype, masked: bool,
+    want_x: bool, want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Losses (n,), the largest logits (n,) and where they are; gradients of sum(weights losses) by x and weight."""
     n, V = len(x), len(weight)
     rows = max(1, min(n, _HEAD_SLICE // V))
+    # n weights: with few exponents in a number format, a probability does better than its n-th part
+    relative, later, unit = n * weights, 1 / n, None
+    if masked and dtype == torch.float16:  # it ends at 65504, and n weights of a single answer are n
+        unit = weights.max().clamp(min=torch.finfo(weights.dtype).tiny)  # a tensor: to ask a GPU for it is to wait
+        relative, later = weights / unit, 1.0
     narrow_x, narrow_weight = x.to(dtype), weight.to(dtype)
     losses, largest, at = torch.empty_like(weights), torch.empty_like(weights), torch.empty_like(targets)
     gx = torch.empty_like(x, dtype=weights.dtype) if want_x else None
@@ -95,16 +101,18 @@ def _in_slices(
         for a in range(0, n, rows):
             part, xs = slice(a, a + rows), narrow_x[a : a + rows]
             logits = torch.mm(xs, narrow_weight.T, out=buffer[: len(xs)])  # (rows, V)
-            # n weights: with few exponents in a number format, a probability does better than its n-th part
-            losses[part], largest[part], at[part] = fused.softmax_(logits, targets[part], n * weights[part])
+            losses[part], largest[part], at[part] = fused.softmax_(logits, targets[part], relative[part])
             if want_x:
                 gx[part] = logits @ narrow_weight
-                gx[part].mul_(1 / n)  # only now, in float32: float16 has no digits left for so small numbers
+                gx[part].mul_(later)  # only now, in float32: float16 has no digits left for so small numbers
             if want_weight and dtype == gweight.dtype:
-                torch.addmm(gweight, logits.T, xs, beta=float(a > 0), alpha=1 / n, out=gweight)
+                torch.addmm(gweight, logits.T, xs, beta=float(a > 0), alpha=later, out=gweight)
             elif want_weight:
                 product = logits.T @ xs  # (V, D)
-                gweight.copy_(product).mul_(1 / n) if a == 0 else gweight.add_(product, alpha=1 / n)
+                gweight.copy_(product).mul_(later) if a == 0 else gweight.add_(product, alpha=later)
+    for gradient in (gx, gweight):
+        if unit is not None and gradient is not None:
+            gradient.mul_(unit)
     return losses, largest, at, gx, gweight
 
 
@@ -112,8 +120,8 @@ class _HeadLoss(torch.autograd.Function):
     """x (n, D), weight (V, D), targets (n,), weights (n,) of the positions -> sum(weights ce)."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, weights, dtype, differentiate):
-        ctx.how = dtype, *(differentiate and needed for needed in ctx.needs_input_grad[:2])
+    def forward(ctx, x, weight, targets, weights, dtype, masked, differentiate):
+        ctx.how = dtype, masked, *(differentiate and needed for needed in ctx.needs_input_grad[:2])
         losses, largest, at, *ctx.gradients = _in_slices(x, weight, targets, weights, *ctx.how)
         ctx.save_for_backward(x, weight, targets, weights, largest * (L2WRAP / len(x)), at)
         return (losses * weights).sum()
@@ -131,7 +139,7 @@ class _HeadLoss(torch.autograd.Function):
         if gweight is not None:
             gweight = gweight.mul_(g) if scaled else gweight
             gweight = gweight.index_add_(0, at, pull[:, None] * x.to(gweight.dtype)).to(weight.dtype)
-        return gx, gweight, None, None, None, None
+        return gx, gweight, None, None, None, None, None
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -167,7 +175,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = 
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     differentiate = torch.is_grad_enabled()  # inside it is always off
     flat = x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1).long(), weights
-    return _HeadLoss.apply(*flat, dtype, differentiate)
+    return _HeadLoss.apply(*flat, dtype, mask is not None, differentiate)
 
 
 class _L2Wrap(torch.autograd.Function):

@@ -162,6 +162,24 @@ def test_many_positions_in_float16():
         assert float((got - grad).norm() / grad.norm()) < 2e-3
 
 
+@pytest.mark.parametrize("kept", [1, 3])
+def test_few_answers_among_many_positions_in_float16(kept):
+    """70,000 positions to an answer are more than float16 can hold, which ends at 65504."""
+    g = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(1, 70_000, 4, generator=g), torch.randn(5, 4, generator=g)
+    targets, mask = torch.randint(0, 5, (1, 70_000), generator=g), torch.zeros(1, 70_000)
+    mask[0, 123 : 123 + kept] = 1
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    value = masked_cross_entropy(F.linear(*exact), targets, mask)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    with torch.autocast("cpu", torch.float16):
+        loss = head_loss(*leaves, targets, mask)
+    assert float(loss.detach()) == pytest.approx(float(value.detach()), rel=2e-3)
+    truth = torch.autograd.grad(value, exact)
+    for got, grad in zip(torch.autograd.grad(loss, leaves), truth, strict=True):
+        assert torch.isfinite(got).all() and float((got - grad).norm() / grad.norm()) < 2e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_mask_in_half_precision_is_counted_in_float32(dtype):
     """So DeepSpeed hands it over. float16 ends at 65504, bfloat16 cannot tell 257 from 256."""
