@@ -63,7 +63,8 @@ def wkv5(
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, is not contiguous, w holds NaN (not looked for on a
             GPU, which would have to wait), the backend is unknown or cannot do this.
-        BuildError: a backend asked for by name cannot be compiled. "auto" then takes "chunked" and says so once.
+        BuildError: a backend asked for by name cannot be compiled. "auto" then takes "chunked" and says so once; so it
+            does where kernels were compiled and do not run.
     """
     _check(r, k, v, w, u, state)
     B, T, H, N = r.shape
@@ -77,7 +78,7 @@ def wkv5(
         with plain:
             return wkv5_reference(r, k, v, w, u, state)
     if backend == "auto":
-        backend = _choose(r.device.type, r.dtype, N, r.numel() > MAX_NUMBERS)
+        backend = _choose(r.device, r.dtype, N, r.numel() > MAX_NUMBERS)
     else:
         _can(backend, r)
     return apply(r, k, v, w, u, state, backend)
@@ -126,27 +127,30 @@ def _can(backend: str, r: Tensor) -> None:
         )
     if reason := BACKENDS[backend].supports(r.shape[-1]):
         raise ValueError(f"wkv5: r of shape {tuple(r.shape)}: {reason}; use chunked")
-    if reason := BACKENDS[backend].why_not():
+    if reason := BACKENDS[backend].why_not(r.device):
         raise ValueError(f"wkv5: backend {backend!r} is not available: {reason}")
 
 
 @torch.compiler.assume_constant_result
-def _choose(device: str, dtype: torch.dtype, N: int, huge: bool) -> str:
+def _choose(device: torch.device, dtype: torch.dtype, N: int, huge: bool) -> str:
     """The fastest backend for tensors on `device`: its own kernel, or chunks."""
-    module = BACKENDS.get(device)
-    if device in PLAIN or module is None or dtype == torch.float64 or huge or module.supports(N):
+    module = BACKENDS.get(device.type)
+    if device.type in PLAIN or module is None or dtype == torch.float64 or huge or module.supports(N):
         return "chunked"
-    reason = _ready(device)
-    return "chunked" if reason else device
+    reason = _ready(device.type, N, dtype, device)
+    return "chunked" if reason else device.type
 
 
 @functools.cache
-def _ready(name: str) -> str | None:
-    """Compile the kernel of a backend now, so that "auto" can still take another; says once what is missing."""
-    reason = BACKENDS[name].why_not()
+def _ready(name: str, N: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Compile what such a call needs and try it now, so that "auto" can still take another; says once what is missing.
+
+    Asked for each head size, number format and device: kernels are compiled for one of each, and cards may differ.
+    """
+    reason = BACKENDS[name].why_not(device)
     if reason is None:
         try:
-            BACKENDS[name].prepare()
+            BACKENDS[name].prepare(N, dtype, device)
         except BuildError as error:
             reason = str(error)
     if reason:

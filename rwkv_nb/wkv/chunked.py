@@ -44,7 +44,7 @@ def parts(T: int, chunk: int = CHUNK) -> list[tuple[int, int, int]]:
     return found
 
 
-def why_not() -> None:
+def why_not(device: object = None) -> None:
     """Always available."""
 
 

@@ -36,12 +36,12 @@ class _Call(ctypes.Structure):
     ]
 
 
-def why_not() -> str | None:
+def why_not(device: object = None) -> str | None:
     """None if the backend can run here, else what is missing and the remedy. Compiles nothing."""
+    if _library.cache_info().currsize:  # what one head size needs was compiled: no need to look for the compiler again
+        return None
     if _failure:
         return _failure[0]
-    if _library.cache_info().currsize:  # no need to look for the compiler again
-        return None
     return None if build.find_cxx() else f"no C++ compiler was found: {build.CXX_REMEDY}"
 
 
@@ -50,9 +50,9 @@ def supports(N: int) -> str | None:
     return None
 
 
-def prepare() -> None:
-    """Compile now what the usual head size needs. Raises build.BuildError."""
-    _library(HEAD_SIZE)
+def prepare(N: int, dtype: object = None, device: object = None) -> None:
+    """Compile now what heads of size N need, in any number format. Raises build.BuildError."""
+    _library(N)
 
 
 def saved_shape(B: int, T: int, H: int, N: int) -> tuple[int, ...]:

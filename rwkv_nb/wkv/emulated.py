@@ -35,7 +35,7 @@ FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTI
 _failure: list[str] = []
 
 
-def why_not() -> str | None:
+def why_not(device: object = None) -> str | None:
     """None if the backend can run here, else what is missing and the remedy. Compiles nothing."""
     return _failure[0] if _failure else emulator.why_not()
 

@@ -17,6 +17,10 @@ HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
+class LaunchError(RuntimeError):
+    """A kernel was compiled and does not run; the message holds the library's own words."""
+
+
 def supports(N: int) -> str | None:
     """None if there is a kernel for heads of N channels, else why not."""
     return None if N in HEAD_SIZES else f"head size {N} is none of {', '.join(map(str, HEAD_SIZES))}"
@@ -52,8 +56,8 @@ def backward(
 
 
 def run(library: ctypes.CDLL, function: str, r: Tensor, tensors: list[Tensor], stream: int | None) -> None:
-    """Call one function of launch.h. Raises RuntimeError with the library's own words if it fails."""
+    """Call one function of launch.h. Raises LaunchError if it fails."""
     numbers = [ctypes.c_int(DTYPES[r.dtype]), ctypes.c_int(r.shape[-1]), *(ctypes.c_int64(n) for n in r.shape[:-1])]
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
     if code := getattr(library, function)(*numbers, *pointers, ctypes.c_void_p(stream)):
-        raise RuntimeError(f"{function} on {r.device} failed with code {code}: {library.wkv5_error(code).decode()}")
+        raise LaunchError(f"{function} on {r.device} failed with code {code}: {library.wkv5_error(code).decode()}")

@@ -3,8 +3,10 @@
 `apply` runs a chosen way of computing, its backend: a module with
 
     DEVICE: the type of the device whose tensors it takes (those of PLAIN take any, and need none)
-    why_not() -> None if it can run here, else what is missing and the remedy
-    prepare() -> nothing; compiles what it needs, or raises BuildError (asked of a backend that "auto" may take)
+    why_not(device=None) -> None if it can run on this device (None: on one of this machine's), else what is missing
+        and the remedy
+    prepare(N, dtype, device) -> nothing; compiles what such calls need and makes sure that it runs there, or raises
+        BuildError (asked of a backend that "auto" may take)
     supports(N) -> None if it can do heads of size N, else why not
     saved_shape(B, T, H, N) -> shape of the tensor that forward fills for backward; (0,) if nothing is kept
     forward(r, k, v, w, u, state, saved) -> (y, last)

@@ -283,7 +283,7 @@ def test_no_compiler(fresh, monkeypatch):
     with pytest.raises(
         build.BuildError, match="wkv5_cpu needs a C\\+\\+ compiler and none was found: install"
     ) as failure:
-        cpu.prepare()
+        cpu.prepare(64)
     assert "\n" not in str(failure.value) and cpu.why_not() == str(failure.value)
 
 

@@ -4,11 +4,15 @@ right for every number format, on a stream of its own, and compiled. `test_backe
 from __future__ import annotations
 
 import ctypes
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rwkv_nb.wkv import build, cuda, wkv5, wkv5_reference
+import rwkv_nb.wkv as room
+from rwkv_nb.wkv import build, cuda, launching, operator, wkv5, wkv5_reference
 
 GPU = pytest.mark.skipif(cuda.why_not() is not None, reason=f"not run: {cuda.why_not()}")
 KERNELS = ["plain", "chunked"]
@@ -28,13 +32,15 @@ def inputs(B=2, T=37, H=2, N=64, dtype=torch.float32, device="cpu"):
 def machine(monkeypatch):
     """A machine with a GPU as far as torch and the compiler's name go."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=4321))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(build, "find_nvcc", lambda: "/opt/cuda/bin/nvcc")
-    monkeypatch.setattr(cuda, "_failure", [])
-    library = cuda._library
-    library.cache_clear()
+    monkeypatch.setattr(cuda, "_libraries", {})
+    room._ready.cache_clear()
     yield monkeypatch
-    library.cache_clear()
+    room._ready.cache_clear()
 
 
 def test_each_thing_that_may_be_missing_has_its_line(machine):
@@ -60,12 +66,89 @@ def test_it_compiles_for_this_architecture_head_size_and_format_alone(machine):
 
     machine.setattr(build, "load", load)
     with pytest.raises(build.BuildError, match="nvcc failed"):
-        cuda.prepare()
+        cuda.prepare(64, torch.float32, torch.device("cuda", 0))
     assert asked["sources"] == ["launch.cu"] and asked["compiler"] == "/opt/cuda/bin/nvcc"
     only = {"-DWKV5_HEAD_SIZE=64", "-DWKV5_DTYPE=0", "-DWKV5_CHUNKED"}
     assert {"-gencode=arch=compute_90,code=sm_90", *only} <= set(asked["flags"])
     assert not any("fast_math" in flag for flag in asked["flags"])
     assert cuda.why_not() == "wkv5_cuda: nvcc failed with exit code 2; see wkv5.log"  # from now on
+    asked.clear()
+    with pytest.raises(build.BuildError, match="nvcc failed"):
+        cuda.prepare(64, torch.float32, torch.device("cuda", 0))
+    assert not asked  # a compiler that failed is not asked again
+
+
+class Counting:
+    """A library whose functions count their calls and return codes."""
+
+    def __init__(self, code=0):
+        self.code, self.calls = code, []
+
+    @staticmethod
+    def wkv5_error(code):
+        return b"CUDA driver version is insufficient for CUDA runtime version"
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            assert all(arguments[5:-1][i].value for i in range(len(arguments) - 6))  # real memory
+            return self.code
+
+        return call
+
+
+CPU = torch.device("cpu")
+
+
+def test_kernels_that_compile_and_do_not_launch_are_no_kernels(machine):
+    """A driver older than nvcc: known only from a launch."""
+    library = Counting(code=35)
+    machine.setattr(build, "load", lambda *arguments, **named: library)
+    with pytest.raises(build.BuildError, match="compiled but do not run .*driver version is insuffic.*: update the"):
+        cuda.prepare(64, torch.bfloat16, CPU)
+    assert library.calls == ["wkv5_chunked_forward"]
+    assert "do not run" in cuda.why_not() and "do not run" in cuda.why_not(torch.device("cuda", 0))
+    with pytest.raises(build.BuildError, match="do not run"):
+        cuda.forward(*inputs(dtype=torch.bfloat16), None)
+    library.code = 0
+    cuda.prepare(64, torch.float32, CPU)  # something runs: no word against the whole backend
+    assert library.calls[1:] == ["wkv5_chunked_forward", "wkv5_chunked_backward"] and cuda.why_not() is None
+
+
+def test_auto_takes_chunks_where_kernels_do_not_launch(machine):
+    machine.setattr(build, "load", lambda *arguments, **named: Counting(code=35))
+    machine.setitem(operator.BACKENDS, "cpu", cuda)  # as if tensors of the processor were on a GPU
+    tensors = inputs()
+    with pytest.warns(UserWarning, match="plain PyTorch, which is slower: the CUDA kernels were compiled but do not"):
+        y, _ = wkv5(*tensors)
+    assert torch.equal(y, wkv5(*tensors, backend="chunked")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wkv5(*tensors)
+
+
+def test_a_trial_launch_is_real_even_while_somebody_traces(machine):
+    library = Counting()
+    machine.setattr(build, "load", lambda *arguments, **named: library)
+    with FakeTensorMode():
+        cuda.prepare(32, torch.float16, CPU)
+    assert library.calls == ["wkv5_chunked_forward", "wkv5_chunked_backward"]
+
+
+def test_each_card_is_asked_for_itself(machine):
+    """Two cards, the second too old: what the first can do says nothing about it."""
+    old, new = torch.device("cuda", 1), torch.device("cuda", 0)
+    machine.setattr(torch.cuda, "device_count", lambda: 2)
+    capability = {0: (9, 0), 1: (7, 0), new: (9, 0), old: (7, 0), None: (9, 0)}
+    machine.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[device])
+    assert cuda.why_not() is None and cuda.why_not(new) is None
+    assert "compute capability 7.0, nvcc needs 7.5" in cuda.why_not(old)
+    machine.setattr(cuda, "prepare", lambda N, dtype, device: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert room._choose(new, torch.float32, 64, False) == "cuda"
+    with pytest.warns(UserWarning, match="compute capability 7.0"):
+        assert room._choose(old, torch.float32, 64, False) == "chunked"
 
 
 @pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "plain"), ((8, 0), "chunked"), ((9, 0), "chunked")])
@@ -82,12 +165,7 @@ def test_pointers_sizes_and_stream_are_handed_over_in_order(machine, capability,
 
             return call
 
-    class Stream:
-        cuda_stream = 4321
-
     machine.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    machine.setattr(torch.cuda, "current_stream", lambda: Stream)
-    machine.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     machine.setattr(cuda, "_library", lambda N, dtype, capability: Library())
     tensors = inputs(dtype=torch.bfloat16)
     y, last = cuda.forward(*tensors, None)
@@ -95,7 +173,7 @@ def test_pointers_sizes_and_stream_are_handed_over_in_order(machine, capability,
     assert name == f"wkv5_{wanted}_forward"
     assert arguments == [2, 64, 2, 37, 2, *(x.data_ptr() for x in (*tensors, y, last)), 4321]
     assert y.dtype == torch.bfloat16 and last.dtype == torch.float32
-    with pytest.raises(RuntimeError, match=f"wkv5_{wanted}_backward on cpu failed with code 700: an illegal"):
+    with pytest.raises(launching.LaunchError, match=f"wkv5_{wanted}_backward on cpu failed with code 700: an illegal"):
         cuda.backward(*tensors, None, y, last)
     assert calls[-1][1][5:13] == [x.data_ptr() for x in (*tensors, y, last)] and len(calls[-1][1]) == 5 + 15 + 1
     cuda.forward(*tensors, None, kernel="plain")
@@ -110,8 +188,6 @@ def test_an_odd_address_is_copied_to_an_even_one(machine):
         def __getattr__(self, name):
             return lambda *arguments: seen.extend(a.value for a in arguments[5:-1]) or 0
 
-    machine.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
-    machine.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     machine.setattr(cuda, "_library", lambda N, dtype, capability: Library())
     r, *rest = inputs(dtype=torch.bfloat16)
     odd = torch.cat([r.new_zeros(1), r.flatten()])[1:].view(r.shape)

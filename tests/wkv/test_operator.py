@@ -106,17 +106,22 @@ def test_backends_name_what_is_missing():
 
 
 @pytest.fixture
-def broken_compiler(monkeypatch):
-    """A machine whose C++ compiler fails."""
-
-    def prepare():
-        raise BuildError("wkv5_cpu: g++ failed with exit code 1; see wkv5.log")
-
-    module = SimpleNamespace(why_not=lambda: None, supports=lambda N: None, prepare=prepare)
-    monkeypatch.setitem(operator.BACKENDS, "cpu", module)
+def nothing_asked():
+    """Nobody has asked yet whether a backend is ready."""
     room._ready.cache_clear()
     yield
     room._ready.cache_clear()
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch, nothing_asked):
+    """A machine whose C++ compiler fails."""
+
+    def prepare(N, dtype, device):
+        raise BuildError("wkv5_cpu: g++ failed with exit code 1; see wkv5.log")
+
+    module = SimpleNamespace(why_not=lambda device: None, supports=lambda N: None, prepare=prepare)
+    monkeypatch.setitem(operator.BACKENDS, "cpu", module)
 
 
 def test_without_a_compiler_auto_takes_chunks_and_says_so_once(broken_compiler):
@@ -127,6 +132,27 @@ def test_without_a_compiler_auto_takes_chunks_and_says_so_once(broken_compiler):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wkv5(*tensors)
+
+
+@pytest.mark.usefixtures("nothing_asked")
+def test_each_head_size_and_format_is_asked_for_itself(monkeypatch):
+    """What compiles for one may fail for another: auto takes chunks for that one alone, and says so once."""
+    if reason := operator.BACKENDS["cpu"].why_not():
+        pytest.skip(f"backend cpu: {reason}")
+
+    def prepare(N, dtype, device):
+        if (N, dtype) != (8, torch.float32):
+            raise BuildError(f"no kernel for {N} channels of {dtype}; see wkv5.log")
+
+    monkeypatch.setattr(operator.BACKENDS["cpu"], "prepare", prepare)
+    for N, dtype, wanted in ((8, torch.float32, "cpu"), (8, torch.float16, "chunked"), (4, torch.float32, "chunked")):
+        r, k, v, *rest = (x.detach() for x in inputs(N=N, dtype=torch.float32))
+        tensors = [x.to(dtype) for x in (r, k, v)] + rest
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = [wkv5(*tensors)[0] for _ in range(2)]
+        assert [f"{N} channels of {dtype};" in str(w.message) for w in said] == [True] * (wanted == "chunked")
+        assert all(torch.equal(y, wkv5(*tensors, backend=wanted)[0]) for y in found)
 
 
 def bad(expected, change, backend="auto"):
