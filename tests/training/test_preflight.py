@@ -150,10 +150,14 @@ def test_more_devices_than_there_are(base, monkeypatch):
 
 
 def test_only_the_first_process_speaks(monkeypatch):
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+    for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert cli.first_process()
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert not cli.first_process()
     monkeypatch.setenv("RANK", "0")
     assert cli.first_process()
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert not cli.first_process(), "the command that a person starts on the second node"

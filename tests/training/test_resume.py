@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from rwkv_nb.model.rwkv import RWKV
-from rwkv_nb.training import config, rules
+from rwkv_nb.training import config, interrupts, rules
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.files import CheckpointError
 from rwkv_nb.training.interrupts import Interrupted
@@ -135,15 +135,18 @@ def test_the_optimizer_goes_on_where_it_was(cfg):
     assert from_weights.rates[0][0] < from_state.rates[0][0] / 10, "warm-up again, as officially"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+HEARD = [signal.SIGINT, signal.SIGTERM, *interrupts.ANNOUNCES]
+
+
+@pytest.mark.parametrize("number", HEARD, ids=lambda number: number.name)
 def test_signals_save_and_leave(cfg, number):
     cfg = prepare(cfg)
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in HEARD]
     spy, rest, whole = Spy(3, number), Spy(), Spy()
     with pytest.raises(Interrupted) as found:
         run(cfg, spy, raise_interrupt=True)
     assert found.value.exit_code == 128 + number and number.name in str(found.value)
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(s) for s in HEARD] == before
     assert names(cfg) == ["rwkv-0.3.state", "rwkv-final.pth", "rwkv-init.pth"] and len(spy.losses) == 3
     assert isinstance(run(cfg, Spy(2, number)), RWKV), "in a notebook an interrupt is a normal end"
     run(cfg, rest)
@@ -188,6 +191,47 @@ def test_a_second_interrupt_is_immediate(cfg):
         run(cfg, Impatient())
     assert not isinstance(found.value, Interrupted) and signal.getsignal(signal.SIGINT) is before
     assert names(cfg) == ["rwkv-0.1.state", "rwkv-0.2.state", "rwkv-init.pth"], "only what was there"
+
+
+needs_sigusr1 = pytest.mark.skipif(not interrupts.ANNOUNCES, reason="no SIGUSR1 on Windows")
+
+
+@needs_sigusr1
+def test_slurm_announces_the_end_of_a_job(cfg, monkeypatch):
+    """Twice, as when Slurm and the script both send it. Lightning would write a checkpoint, and load any it finds."""
+    cfg = prepare(cfg)
+    for name, value in {"NTASKS": "1", "JOB_ID": "7", "JOB_NAME": "eagle", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    left_over = Path(cfg.proj_dir, "hpc_ckpt_1.ckpt")
+    left_over.write_text("of another program", encoding="utf-8")
+
+    class Twice(Spy):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            if len(self.losses) == self.stop_after:
+                os.kill(os.getpid(), self.number)
+
+    whole, spy, rest = Spy(), Twice(3, signal.SIGUSR1), Spy()
+    run(copy_of(cfg, "whole"), whole)
+    with pytest.raises(Interrupted, match="SIGUSR1") as found:
+        run(cfg, spy, raise_interrupt=True)
+    assert found.value.exit_code == 128 + signal.SIGUSR1
+    run(cfg, rest)
+    assert len(spy.losses) == 3 and spy.losses + rest.losses == whole.losses
+    assert [path.name for path in Path(cfg.proj_dir).glob("*hpc*")] == [left_over.name]
+    assert not Path(cfg.proj_dir, ".lightning").exists()
+
+
+@needs_sigusr1
+def test_a_program_keeps_its_own_use_of_sigusr1(cfg):
+    heard, spy = [], Spy(2, signal.SIGUSR1)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        run(prepare(cfg), spy, raise_interrupt=True)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1] and len(spy.losses) == 16
 
 
 def test_a_run_that_is_over_ends_at_once(cfg):

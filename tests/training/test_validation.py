@@ -8,15 +8,21 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
 from rwkv_nb.data.held_out import n_held_out, n_training
 from rwkv_nb.data.magic_prime import magic_prime
+from rwkv_nb.model import loss as loss_module
+from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.training import machine
 from rwkv_nb.training.checkpoint import init_checkpoint
 from rwkv_nb.training.cli import check
 from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.runbook import RunBook
 from rwkv_nb.training.trainer import train
 from rwkv_nb.training.validation import Validation
 
@@ -123,6 +129,52 @@ def test_the_loss_in_the_log_is_that_of_the_held_out_windows(flags):
     assert plain.losses == watch.losses and plain.random == watch.random, "looking on must not change the run"
     line = Path(again["proj_dir"], "train_log.txt").read_text(encoding="utf-8").splitlines()[2]
     assert re.fullmatch(r"\d \S+ \S+ \S+ \S+ \S+ \d", line), "without val_split the line is the official one"
+
+
+@pytest.mark.parametrize(("head_qk", "sliced"), [(0, True), (0, False), (8, True)])
+def test_logits_of_a_large_vocabulary_are_never_whole(head_qk, sliced, monkeypatch):
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            self.seen = max([self.seen, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))])
+            return made
+
+    monkeypatch.setattr(loss_module, "_HEAD_SLICE", 16 * 4096)
+    torch.manual_seed(0)
+    model = RWKV(ModelConfig(n_layer=1, n_embd=32, vocab_size=4096, ctx_len=50, head_qk=head_qk, head_size_a=32))
+    torch.nn.init.normal_(model.head.weight)
+    idx, targets = torch.randint(4096, (2, 3, 50))
+    with torch.no_grad(), Largest() as largest:
+        losses = loss_module.token_losses(model, idx, targets, sliced)
+    whole = 3 * 50 * 4096
+    assert (largest.seen >= whole) == (head_qk > 0 or not sliced) and largest.seen >= 4096 * 32
+    assert sliced or head_qk or largest.seen == whole
+    with torch.no_grad():
+        expected = -torch.log_softmax(model(idx)[0].double(), -1).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    assert losses.shape == (3, 50) and losses.dtype == torch.float32
+
+
+def test_a_device_without_float64_adds_in_float32(flags, monkeypatch):
+    """As Apple's GPUs; here the processor plays one."""
+    class Sums(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            [book] = [c for c in trainer.callbacks if isinstance(c, RunBook)]
+            self.dtype = book._loss_sum.dtype
+
+    found = {}
+    for kinds in ((), ("cpu",)):
+        monkeypatch.setattr(machine, "NO_FLOAT64", kinds)
+        sums = Sums()
+        cfg = TrainConfig(**{**flags, "proj_dir": flags["proj_dir"] + str(len(kinds)), "logger": "csv", "my_exit": 1})
+        train(cfg, callbacks=[sums], progress=False)
+        log = Path(cfg.proj_dir, "train_log.txt").read_text(encoding="utf-8").splitlines()[2:]
+        found[sums.dtype] = [[float(x) for x in (*line.split()[1:4], line.split()[-1])] for line in log]
+    assert list(found) == [torch.float64, torch.float32]
+    wide, narrow = found.values()
+    assert len(wide) == 2 and np.allclose(wide, narrow, rtol=0, atol=1e-4)
 
 
 def test_val_every_counts_steps(flags):
