@@ -24,6 +24,7 @@ from torch import Tensor
 from .build import BuildError
 from .chunked import wkv5_chunked
 from .operator import BACKENDS, PLAIN, apply, check_numbers
+from .precision import exact_products
 from .reference import wkv5_reference, working_dtype
 
 __all__ = ["backends", "wkv5", "wkv5_chunked", "wkv5_reference"]
@@ -58,7 +59,7 @@ def wkv5(
 
     Returns:
         y (B, T, H, N) in the dtype of r, and the state after the last step (B, H, N, N). All arithmetic and the
-        state are float32 (float64 if r is), under autocast too. Differentiable in all six tensors, once.
+        state are float32 (float64 if r is), under autocast and with tf32 too. Differentiable in all six tensors, once.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, is not contiguous, w holds NaN (not looked for on a
@@ -75,7 +76,7 @@ def wkv5(
         check_numbers(w)
         device = r.device.type
         plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with plain:
+        with plain, nullcontext() if torch.compiler.is_compiling() else exact_products():
             return wkv5_reference(r, k, v, w, u, state)
     if backend == "auto":
         backend = _choose(r.device, r.dtype, N, r.numel() > MAX_NUMBERS)

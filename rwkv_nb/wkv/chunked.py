@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from .halving import Halving
 from .middle import Middle, fits
+from .precision import exact_products
 from .reference import working_dtype, zeros_if_none
 
 CHUNK = 64  # L: the longer, the fewer states to carry and the more work inside
@@ -127,7 +128,7 @@ class _WKV5(torch.autograd.Function):
     def forward(ctx, r, k, v, w, u, state, chunk):
         saved = state.new_empty(saved_shape(*r.shape, chunk))
         ctx.chunk = chunk
-        with torch.autocast(r.device.type, enabled=False):  # else products would be rounded to half precision
+        with torch.autocast(r.device.type, enabled=False), exact_products():  # else factors would be rounded
             y, last = forward(r, k, v, w, u, state, saved, chunk)
         ctx.save_for_backward(r, k, v, w, u, state, saved)
         return y, last if last is not state else state.clone()
@@ -135,7 +136,7 @@ class _WKV5(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, glast):
-        with torch.autocast(gy.device.type, enabled=False):  # wherever backward is called
+        with torch.autocast(gy.device.type, enabled=False), exact_products():  # wherever backward is called
             return *backward(*ctx.saved_tensors, gy, glast, ctx.chunk), None
 
 

@@ -22,12 +22,14 @@ Source: PyTorch's guide to custom operators in Python (`torch.library`).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import chunked, cpu, cuda, emulated, reference
+from .precision import exact_products
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -60,7 +62,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_numbers(w)
     saved = w.new_empty(_saved_shape(r, backend) if keep else (0,))
-    with torch.autocast(r.device.type, enabled=False):  # else matrix products would be rounded to half precision
+    with torch.autocast(r.device.type, enabled=False), _exact(backend):  # else factors of products would be rounded
         y, last = BACKENDS[backend].forward(r, k, v, w, u, state, saved if keep else None)
     return y, state.clone() if last is state else last, saved
 
@@ -76,7 +78,7 @@ def _backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, saved: Tensor, gy: Tensor,
     glast: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(r.device.type, enabled=False):  # wherever backward is called from
+    with torch.autocast(r.device.type, enabled=False), _exact(backend):  # wherever backward is called from
         glast = None if glast is None else glast.contiguous()
         grads = BACKENDS[backend].backward(r, k, v, w, u, state, saved, gy.contiguous(), glast)
     return tuple(g.clone() if g is glast else g for g in grads)
@@ -86,6 +88,10 @@ def _backward(
 def _(r, k, v, w, u, state, saved, gy, glast, backend):
     B, _, H, N = r.shape
     return *(torch.empty_like(x) for x in (r, k, v, w, u)), w.new_empty(B, H, N, N)
+
+
+def _exact(backend: str) -> AbstractContextManager:
+    return exact_products() if backend in PLAIN else nullcontext()  # the others multiply without PyTorch
 
 
 def _saved_shape(r: Tensor, backend: str) -> tuple[int, ...]:
