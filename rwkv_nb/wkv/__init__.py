@@ -59,7 +59,7 @@ def wkv5(
 
     Returns:
         y (B, T, H, N) in the dtype of r, and the state after the last step (B, H, N, N). All arithmetic and the
-        state are float32 (float64 if r is), under autocast and with tf32 too. Differentiable in all six tensors, once.
+        state are float32 (float64 if r is), also where autocast or tf32 is on. Differentiable in all six tensors, once.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, is not contiguous, w holds NaN (not looked for on a

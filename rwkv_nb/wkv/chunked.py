@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from .halving import Halving
 from .middle import Middle, fits
+from .powers import has_float64, in_float64
 from .precision import exact_products
 from .reference import working_dtype, zeros_if_none
 
@@ -59,13 +60,18 @@ def saved_shape(B: int, T: int, H: int, N: int, chunk: int = CHUNK) -> tuple[int
     return (sum((end - start) // length + 1 for start, end, length in parts(T, chunk)), B, H, N, N)
 
 
+def _strongest(w: Tensor) -> list[float]:
+    """The largest -log d of each head; asked of a GPU once."""
+    return torch.exp(in_float64(w)).amax(1).tolist()
+
+
 def _pieces(w: Tensor, shape: tuple[int, ...], dtype: torch.dtype, saved: Tensor | None, chunk: int) -> Iterator[tuple]:
     """The pieces of a call, (way, (batch, time, heads), room for C + 1 states), each part in a list.
 
     Without `saved` the pieces of a part share one room, which each may use while it is worked off.
     """
     B, T, H, N = shape
-    first, strongest = 0, torch.exp(w.detach().double()).amax(1).tolist() if N else [0.0] * H  # asked of a GPU once
+    first, strongest = 0, _strongest(w.detach()) if N else [0.0] * H
     for start, end, length in parts(T, chunk):
         n = (end - start) // length + 1
         heads = max(1, min(H, SLICE // max(1, (end - start) * N)))
@@ -108,7 +114,8 @@ def backward(
     gr, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, v))
     dtype = saved.dtype
     glast = zeros_if_none(glast, r).to(dtype)
-    gw, gu = torch.zeros_like(w, dtype=torch.float64), torch.zeros_like(u, dtype=dtype)
+    wide = torch.float64 if has_float64(w.device) else dtype
+    gw, gu = torch.zeros_like(w, dtype=wide), torch.zeros_like(u, dtype=dtype)
     for part in reversed(list(_pieces(w, r.shape, dtype, saved, chunk))):
         gfirst = torch.empty_like(glast)
         for way, here, S in part:
@@ -117,7 +124,7 @@ def backward(
             glog, gus, gfirst[rows, heads] = way.backward(
                 *given, u[heads].to(dtype), S, gy[here], glast[rows, heads], gr[here], gk[here], gv[here]
             )
-            gw[heads] += glog.double() * way.log_d  # d l / d w = l
+            gw[heads] += glog.to(wide) * way.log_d.to(wide).to(w.device)  # d l / d w = l
             gu[heads] += gus
         glast = gfirst
     return gr, gk, gv, gw.to(w.dtype), gu.to(u.dtype), glast

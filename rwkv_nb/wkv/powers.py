@@ -11,23 +11,36 @@ from torch import Tensor
 EXPONENT = 20.0  # exp(20) = 5e8: factors up to this size lose nothing in float32
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device can compute in float64; Apple's GPUs cannot."""
+    return device.type != "mps"
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """x in float64, on the processor if x's own device cannot: meant for the few numbers of (H, N)."""
+    return x.double() if has_float64(x.device) else x.cpu().double()
+
+
 class Powers:
-    """P(n) = d^n of some heads, for chunks of L steps; log_d (h, N) in float64, all powers in `dtype`."""
+    """P(n) = d^n of some heads, for chunks of L steps; log_d (h, N) in float64, all powers in `dtype` where w lies."""
 
     def __init__(self, w: Tensor, chunk: int, dtype: torch.dtype):
-        self.L, self.dtype = chunk, dtype
-        self.log_d = -torch.exp(w.double())
+        self.L, self.dtype, self.device = chunk, dtype, w.device
+        self.log_d = -torch.exp(in_float64(w))
         self.whole = self.power(chunk)  # P(L): what a chunk leaves of a state
-        self.steps = torch.arange(chunk, device=w.device)
+        self.steps = torch.arange(chunk, device=self.log_d.device)
 
     def power(self, n: int) -> Tensor:
         """P(n) as (h, N, 1): a factor for states."""
-        return torch.exp(n * self.log_d).to(self.dtype).unsqueeze(-1)
+        return self._narrow(torch.exp(n * self.log_d)).unsqueeze(-1)
 
     def powers(self, n: Tensor) -> tuple[Tensor, Tensor]:
         """Exponents n (L,) -> n as (L, 1) and P(n) as (h, L, N), computed in float64."""
         n = n.to(self.log_d.dtype).unsqueeze(-1)
-        return n.to(self.dtype), torch.exp(n * self.log_d.unsqueeze(1)).to(self.dtype)
+        return self._narrow(n), self._narrow(torch.exp(n * self.log_d.unsqueeze(1)))
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).to(self.device)  # in this order: float64 may not exist there
 
     def load(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
         """(b, T, h, N), times (h, L, N) -> contiguous (C, b, h, L, N) in the working dtype: chunks come one after the
