@@ -54,8 +54,11 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def take_over(self) -> None:
-        """Be the one who hears (again: Lightning puts a handler of its own before ours). A program that has a use of
-        its own for SIGUSR1 or 2 keeps it."""
+        """Be the one who hears (again: Lightning puts a handler of its own before ours).
+
+        A program that has a use of its own for SIGUSR1 or 2 keeps it. Else Lightning finds ours there, and does not
+        answer with a checkpoint of its own and a new job, as it would under Slurm.
+        """
         if threading.current_thread() is not threading.main_thread():
             return  # signals are the main thread's
         for number in (*ENDS, *ANNOUNCES):

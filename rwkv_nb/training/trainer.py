@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.precision import MixedPrecision
 
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
@@ -192,12 +191,9 @@ def _vocab_size(cfg: TrainConfig, dataset: TokenDataset) -> int:
 def _trainer(cfg: TrainConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Lightning's Trainer with everything switched off that writes, prints or shuffles of its own accord."""
     precision, dtype = PRECISION[cfg.precision]
-    how: dict[str, Any] = {"precision": precision, "plugins": []}
+    how: dict[str, Any] = {"precision": precision}
     if cfg.accelerator == "cpu" and dtype is torch.float16:  # Lightning itself would fall back to bfloat16
         how = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # else Lightning answers SIGUSR1 with a checkpoint of its own and a new job (interrupts.py does)
-        how["plugins"].append(SLURMEnvironment(auto_requeue=False))
     trainer = pl.Trainer(
         accelerator=cfg.accelerator,
         devices=cfg.devices,

@@ -21,8 +21,10 @@ import torch
 
 from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
+from rwkv_nb.training.agreement import beginning, check_same
 from rwkv_nb.training.checkpoint import init_checkpoint, load_checkpoint
 from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.resume import find_start
 from rwkv_nb.training.trainer import train
 from rwkv_nb.training.validation import Validation
 
@@ -133,6 +135,7 @@ def test_lightnings_launcher_equals_one_process_with_twice_the_batch(flags, tmp_
     for rank, record in enumerate(ranks):
         assert record["batches"] == official_batches(rank, 8), "the official division of the samples"
         assert record["world_size"] == 2 and record["steps"] == list(range(1, 9))
+        assert record["seed"] == 5 + rank, "what dropout draws"
     mean = [(a + b) / 2 for a, b in zip(*(record["losses"] for record in ranks), strict=True)]
     assert mean == pytest.approx(losses.seen, rel=1e-5)
     assert ranks[0]["rates"] == ranks[1]["rates"] == pytest.approx(losses.rates)
@@ -231,6 +234,45 @@ def test_an_error_in_one_process_ends_all_with_its_message(flags, tmp_path):
     assert code != 0 and "a fault of process 1, made for the test" in err
     assert time.monotonic() - began < 60 and gone(tmp_path)
     assert not (Path(flags["proj_dir"]) / "rwkv-final.pth").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_begin_with_different_files_say_so(flags, tmp_path):
+    """As when proj_dir is not shared, or a disk failed one of them; Adam would go on from two different pasts."""
+    one = {**flags, "devices": 1, "strategy": "auto", "my_exit_tokens": 4 * 2 * CTX}
+    train(TrainConfig(**one), progress=False)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    other = {"proj_dir": str(tmp_path / "alone"), "lr_init": 1e-3}
+    both = {**flags, "load_model": str(tmp_path / "run" / "rwkv-init.pth"), "my_exit_tokens": 4 * 4 * CTX}
+    settings = {"flags": both, "out": str(tmp_path)}
+    code, _, err = end(start(torchrun, [{**settings, "other": {**other, "load_model": ""}}], tmp_path))
+    said = re.findall(r"ValueError: (the processes do not begin .*)", err)
+    assert code != 0 and len(said) == 2 == len(set(said)) + 1, err
+    assert "--lr_init: 0.002, in process 1 0.001" in said[0] and "disk that they share" in said[0]
+    assert "proj_dir:" not in said[0] and "load_model:" not in said[0]
+    assert log_numbers(flags["proj_dir"])[0] == 1 and not (tmp_path / "pid-0").exists(), "before anything is done"
+
+
+def test_what_a_run_begins_with(flags):
+    cfg = TrainConfig(**{**flags, "devices": 1, "strategy": "auto", "my_exit_tokens": 4 * 2 * CTX})
+    model = train(cfg, progress=False)
+    start = find_start(cfg, N_TOKENS)
+    found = beginning(start.cfg, start, N_TOKENS)
+    assert found["file to begin with"] == "rwkv-0.4.state" and found["mini-epoch and batch"] == (0, 4)
+    assert found["optimizer step"] == 4 and found["tokens in the data"] == N_TOKENS and found["--magic_prime"] == PRIME
+    start.weights["ln_out.weight"][7] += 1e-6
+    assert beginning(start.cfg, start, N_TOKENS) != found, "a state of the same place, but of another run"
+    check_same(found)  # one process alone
+    assert "file to begin with" not in beginning(cfg, None, N_TOKENS) and model.config.n_embd == 64
+
+
+def test_several_devices_need_a_program(flags, monkeypatch):
+    """In a notebook, which cannot be started once more for the second device."""
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match=r"devices=2, num_nodes=1: .*python -m rwkv_nb train.*`!`"):
+        train(TrainConfig(**flags), progress=False)
+    assert os.listdir(flags["proj_dir"]) == ["rwkv-init.pth"]
 
 
 def test_a_dataset_for_another_rank_is_refused(flags):

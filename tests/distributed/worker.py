@@ -2,8 +2,8 @@
 
     python worker.py SETTINGS.json
 settings: "flags" of TrainConfig; "out", a folder for rank-R.json; optionally "max_seconds" (of process 0 alone: the
-others have no clock), "signal" [rank, batch, number, who]: that process signals itself or the first, "fail" [rank,
-batch]: that process raises, "slow": seconds that each batch takes at least.
+others have no clock), "other": flags of the others that differ, "signal" [rank, batch, number, who]: that process
+signals itself or the first, "fail" [rank, batch]: that process raises, "slow": seconds that each batch takes at least.
 """
 
 import json
@@ -26,6 +26,7 @@ class Spy(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         (Path(self.settings["out"]) / f"pid-{trainer.global_rank}").write_text(str(os.getpid()), encoding="utf-8")
+        self.seed = torch.initial_seed()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         time.sleep(self.settings.get("slow", 0))
@@ -43,7 +44,7 @@ class Spy(pl.Callback):
 
     def on_train_end(self, trainer, pl_module):
         found = {"losses": self.losses, "batches": self.batches, "rates": self.rates, "steps": self.steps,
-                 "val": pl_module.last_val_loss, "world_size": trainer.world_size}  # fmt: skip
+                 "val": pl_module.last_val_loss, "world_size": trainer.world_size, "seed": self.seed}  # fmt: skip
         path = Path(self.settings["out"]) / f"rank-{trainer.global_rank}.json"
         path.write_text(json.dumps(found), encoding="utf-8")
 
@@ -55,7 +56,8 @@ def main() -> None:
         os.makedirs(settings["out"], exist_ok=True)
         first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
         seconds = settings.get("max_seconds") if first else settings.get("max_seconds") and 1e9
-        train(TrainConfig(**settings["flags"]), callbacks=[Spy(settings)], max_seconds=seconds)
+        flags = settings["flags"] | ({} if first else settings.get("other", {}))
+        train(TrainConfig(**flags), callbacks=[Spy(settings)], max_seconds=seconds)
 
 
 if __name__ == "__main__":

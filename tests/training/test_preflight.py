@@ -42,6 +42,7 @@ def test_a_good_run_has_no_problems(base):
         ({"proj_dir": "text.bin/run"}, "text.bin is a file"),
         ({"accelerator": "gpu"}, "--accelerator gpu: no GPU is visible here; use --accelerator cpu"),
         ({"accelerator": "mps"}, "--accelerator mps: that is the GPU of an Apple processor, and here is none"),
+        ({"strategy": "ddp_notebook"}, "--strategy ddp_notebook: copies a running program, data and all; use ddp"),
         ({"strategy": "deepspeed_stage_2", "devices": 2}, "--strategy deepspeed_stage_2: needs GPUs"),
         ({"wandb": "eagle"}, "--wandb eagle: the package wandb is not installed; pip install -e '.[gpu]'"),
         ({"logger": "tensorboard"}, "--logger tensorboard: the package tensorboard is not installed"),
