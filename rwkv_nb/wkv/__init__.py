@@ -25,7 +25,7 @@ from .build import BuildError
 from .chunked import wkv5_chunked
 from .operator import BACKENDS, PLAIN, apply, check_numbers
 from .precision import exact_products
-from .reference import wkv5_reference, working_dtype
+from .reference import LARGEST_W, wkv5_reference, working_dtype
 
 __all__ = ["backends", "wkv5", "wkv5_chunked", "wkv5_reference"]
 
@@ -74,6 +74,8 @@ def wkv5(
     w, u = w.to(dtype), u.to(dtype)
     if backend == "auto" and T == 1:  # a step of generation: the operator around it would cost as much as the step
         check_numbers(w)
+        if torch.is_grad_enabled() and w.requires_grad:  # as in the operator; only derivatives would be no numbers
+            w = w.clamp(max=LARGEST_W)
         device = r.device.type
         plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with plain, nullcontext() if torch.compiler.is_compiling() else exact_products():

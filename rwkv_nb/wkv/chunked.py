@@ -29,7 +29,7 @@ from .halving import Halving
 from .middle import Middle, fits
 from .powers import has_float64, in_float64
 from .precision import exact_products
-from .reference import working_dtype, zeros_if_none
+from .reference import LARGEST_W, working_dtype, zeros_if_none
 
 CHUNK = 64  # L: the longer, the fewer states to carry and the more work inside
 SLICE = 1 << 18  # numbers of one tensor worked on at a time: stays in the cache, and big temporaries never appear
@@ -159,4 +159,4 @@ def wkv5_chunked(
     B, _, H, N = r.shape
     dtype = working_dtype(r, k, v)
     state = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
-    return _WKV5.apply(r, k, v, w, u, state, chunk)
+    return _WKV5.apply(r, k, v, w.clamp(max=LARGEST_W), u, state, chunk)

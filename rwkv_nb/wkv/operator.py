@@ -14,6 +14,8 @@
 
 state and glast, the gradient of last, may be None, which stands for zeros and costs nothing.
 
+w is at most LARGEST_W: what comes out is the same, and in derivatives exp(w) is never infinity, which times 0 is NaN.
+
 What it is not: the place where a backend is chosen or input is checked (`__init__.py`), except for what only values
 tell: a decay that is no number.
 
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from . import chunked, cpu, cuda, emulated, reference
 from .precision import exact_products
+from .reference import LARGEST_W
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -63,7 +66,7 @@ def _forward(
     check_numbers(w)
     saved = w.new_empty(_saved_shape(r, backend) if keep else (0,))
     with torch.autocast(r.device.type, enabled=False), _exact(backend):  # else factors of products would be rounded
-        y, last = BACKENDS[backend].forward(r, k, v, w, u, state, saved if keep else None)
+        y, last = BACKENDS[backend].forward(r, k, v, w.clamp(max=LARGEST_W), u, state, saved if keep else None)
     return y, state.clone() if last is state else last, saved
 
 
@@ -80,6 +83,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(r.device.type, enabled=False), _exact(backend):  # wherever backward is called from
         glast = None if glast is None else glast.contiguous()
+        w = w.clamp(max=LARGEST_W)
         grads = BACKENDS[backend].backward(r, k, v, w, u, state, saved, gy.contiguous(), glast)
     return tuple(g.clone() if g is glast else g for g in grads)
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST_W = 20.0  # exp(-exp(20)) is 0, even in float64: a larger w changes nothing, but its exp may be infinite
+
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is float64, else float32: the operator never computes in half precision."""

@@ -79,6 +79,20 @@ def test_every_decay(backend, low, high):
     agree(backend, inputs(1, 50, 2, 16, low, high))
 
 
+@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize("huge", [10.0, 89.0, 800.0, 3e38])  # exp(w) ends with float32 at 88.7, with float64 at 709
+def test_a_channel_that_forgets_at_once(backend, huge, T):
+    tensors = inputs(1, T, 2, 16)
+    tensors[3][0, 3] = huge
+
+    def exact(r, k, v, w, *others):
+        return wkv5_reference(r, k, v, w.clamp(max=50.0), *others)  # exp(-exp(50)) = 0, and so is its derivative
+
+    agree(backend, tensors, exact=exact)
+    got = everything(lambda *x: wkv5(*x, backend=backend), [x.to(device_of(backend)) for x in tensors])
+    assert got["w"][0, 3] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("T", [1, 37])
 def test_half_precision_rounds_only_what_comes_out(backend, dtype, T):

@@ -142,6 +142,23 @@ def test_decay_gradient_of_every_channel():
     torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("huge", [89.0, 800.0, 3e38])
+@pytest.mark.parametrize("T", [1, 40])
+def test_a_channel_that_forgets_at_once_has_a_gradient_of_zero(T, huge, dtype):
+    """Where exp(w) is infinite, and 0 times it no number. test_backends.py asks each backend."""
+    tensors = [x.detach() for x in inputs(1, T, 2, 8, dtype=dtype)]
+    tensors[3][0, 3] = huge
+    truth = [x.double() for x in tensors]
+    truth[3] = truth[3].clamp(max=50.0)
+    want = results(wkv5_reference, [x.requires_grad_() for x in truth])
+    tolerance = dict.fromkeys(NAMES, 2e-6) | {"w": 2e-5}
+    for operator in (wkv5, wkv5_chunked):
+        got = results(operator, [x.detach().requires_grad_() for x in tensors])
+        found = errors(got, want)
+        assert got[5][0, 3] == 0 and all(found[name] < tolerance[name] for name in NAMES), found
+
+
 @pytest.mark.parametrize(("low", "high", "fits"), [(-3, -1, True), (0, 3, False)])
 def test_gradcheck(low, high, fits):
     tensors = inputs(1, 11, 2, 3, low, high)
