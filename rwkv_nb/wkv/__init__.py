@@ -74,14 +74,14 @@ def wkv5(
     w, u = w.to(dtype), u.to(dtype)
     if backend == "auto" and T == 1:  # a step of generation: the operator around it would cost as much as the step
         check_numbers(w)
-        if torch.is_grad_enabled() and w.requires_grad:  # as in the operator; only derivatives would be no numbers
+        if torch.is_grad_enabled() and w.requires_grad:  # as in the operator: for the derivatives
             w = w.clamp(max=LARGEST_W)
         device = r.device.type
         plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with plain, nullcontext() if torch.compiler.is_compiling() else exact_products():
             return wkv5_reference(r, k, v, w, u, state)
     if backend == "auto":
-        backend = _choose(r.device, r.dtype, N, r.numel() > MAX_NUMBERS)
+        backend = "chunked" if r.numel() > MAX_NUMBERS else _choose(r.device, r.dtype, N)
     else:
         _can(backend, r)
     return apply(r, k, v, w, u, state, backend)
@@ -135,10 +135,11 @@ def _can(backend: str, r: Tensor) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _choose(device: torch.device, dtype: torch.dtype, N: int, huge: bool) -> str:
-    """The fastest backend for tensors on `device`: its own kernel, or chunks."""
+def _choose(device: torch.device, dtype: torch.dtype, N: int) -> str:
+    """The fastest backend for tensors on `device`: its own kernel, or chunks. torch.compile asks once: nothing here may
+    depend on B or T."""
     module = BACKENDS.get(device.type)
-    if device.type in PLAIN or module is None or dtype == torch.float64 or huge or module.supports(N):
+    if device.type in PLAIN or module is None or dtype == torch.float64 or module.supports(N):
         return "chunked"
     reason = _ready(device.type, N, dtype, device)
     return "chunked" if reason else device.type

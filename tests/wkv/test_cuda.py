@@ -146,9 +146,9 @@ def test_each_card_is_asked_for_itself(machine):
     machine.setattr(cuda, "prepare", lambda N, dtype, device: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert room._choose(new, torch.float32, 64, False) == "cuda"
+        assert room._choose(new, torch.float32, 64) == "cuda"
     with pytest.warns(UserWarning, match="compute capability 7.0"):
-        assert room._choose(old, torch.float32, 64, False) == "chunked"
+        assert room._choose(old, torch.float32, 64) == "chunked"
 
 
 @pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "plain"), ((8, 0), "chunked"), ((9, 0), "chunked")])

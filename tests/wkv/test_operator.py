@@ -83,6 +83,14 @@ def test_one_node_under_torch_compile():
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
+def test_another_length_under_torch_compile():
+    """From the second length on torch.compile has T as a symbol, of which the choice of a backend must not depend."""
+    compiled = torch.compile(lambda *x: wkv5(*x)[0], backend="aot_eager", fullgraph=True)
+    for T in (20, 30, 40):
+        tensors = inputs(T=T, dtype=torch.float32, grad=False)
+        assert torch.equal(compiled(*tensors), wkv5(*tensors)[0])
+
+
 def test_without_gradients_nothing_is_kept():
     tensors = inputs(grad=False)
     y, last = wkv5(*tensors)
