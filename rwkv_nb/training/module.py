@@ -20,7 +20,14 @@ from rwkv_nb.training.agreement import check_same
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.optimizer import set_rates
 from rwkv_nb.training.schedule import learning_rate, weight_decay
-from rwkv_nb.training.strategies import clip_gradients, head_stays_whole, loss_to_divide, make_optimizer, same_start
+from rwkv_nb.training.strategies import (
+    clip_gradients,
+    cut_in_turn,
+    head_stays_whole,
+    loss_to_divide,
+    make_optimizer,
+    same_start,
+)
 
 
 class LitRWKV(pl.LightningModule):
@@ -44,6 +51,7 @@ class LitRWKV(pl.LightningModule):
         if self.trainer.global_rank > 0 and self.cfg.random_seed >= 0:
             torch.manual_seed(self.cfg.random_seed + self.trainer.global_rank)  # dropout: each its own channels
         same_start(self.trainer.strategy, self.model)
+        cut_in_turn(self.trainer.strategy, self, self.model)
 
     def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
         idx, targets, *mask = batch  # (B, T) each; a mask only with my_qa_mask 1

@@ -11,9 +11,13 @@ Source: RWKV-LM `RWKV-v5/train.py` (bucket sizes), `src/model.py` (DeepSpeedCPUA
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import datetime
 import functools
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
@@ -21,19 +25,37 @@ from rwkv_nb.model.block import Block
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.optimizer import build_optimizer, param_groups
 
+# How long a process waits for another one. Lightning's 30 minutes are too short where the first process writes files
+# for all: a state of 14 billion parameters is 168 GB, 2.5 hours on a disk of 20 MB/s. A process that dies is noticed
+# without it, by its launcher or by a closed connection; a longer wait only for one that hangs is the price.
+PATIENCE = datetime.timedelta(hours=6)
+
+
+_OF_DEEPSPEED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # section of its configuration -> type of the weights
+
 
 def set_up(strategy: Strategy, cfg: TrainConfig) -> None:
-    """Tell a strategy how much to hold whole at once: DeepSpeed `ds_bucket_mb` million numbers, FSDP one block.
+    """Tell a strategy how much to hold whole at once, how to add up batches, and how long to wait for others.
 
-    FSDP gathers the parameters that are left over, with the embedding and the head, for the whole step.
+    Whole at once: DeepSpeed `ds_bucket_mb` million numbers, FSDP one block, and the parameters that are left over, with
+    the embedding and the head, for the whole step. Batches of a step are added up in float32: DeepSpeed and FSDP would
+    do it in the 16 bits in which they compute (64 equal batches: 3 % off).
     """
+    if hasattr(strategy, "_timeout"):
+        strategy._timeout = PATIENCE
     if isinstance(strategy, DeepSpeedStrategy):
         zero = strategy.config.setdefault("zero_optimization", {})
         zero["allgather_bucket_size"] = zero["reduce_bucket_size"] = cfg.ds_bucket_mb * 1_000_000
+        if cfg.accumulate_grad_batches > 1:
+            strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif isinstance(strategy, FSDPStrategy):
         from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
         strategy.kwargs["auto_wrap_policy"] = functools.partial(lambda_auto_wrap_policy, lambda_fn=_alone)
+        # Lightning would cut gradients after the last batch alone: each process held them whole, in 16 bits, till then
+        strategy.block_backward_sync = contextlib.nullcontext
+        if cfg.devices * cfg.num_nodes == 1:  # nothing is sent: the type of what is sent is that of the sum
+            strategy.mixed_precision = dataclasses.replace(strategy.mixed_precision_config, reduce_dtype=torch.float32)
 
 
 def _alone(module: torch.nn.Module) -> bool:
@@ -64,6 +86,23 @@ def same_start(strategy: Strategy, model: torch.nn.Module) -> None:
             there = tensor.detach().to(strategy.root_device)
             torch.distributed.broadcast(there, src=0)
             tensor.copy_(there)
+
+
+def cut_in_turn(strategy: Strategy, module: pl.LightningModule, model: torch.nn.Module) -> None:
+    """ZeRO stage 3: cut each parameter by itself on its way to the device; to be called after `same_start`.
+
+    DeepSpeed would move the whole model there first, for which a device may have no room. FSDP moves block by block.
+    """
+    if _zero_stage(strategy) != 3:
+        return
+    import deepspeed
+
+    strategy._init_config_if_needed()
+    dtype = next((of for name, of in _OF_DEEPSPEED.items() if strategy.config.get(name, {}).get("enabled")), None)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)  # DeepSpeed rounds what is not cut yet, no more
+    deepspeed.zero.Init(module=model, config_dict_or_path=strategy.config)
+    module.to(strategy.root_device)  # what is not cut: masks; and Lightning learns where the model is
 
 
 def make_optimizer(strategy: Strategy, model: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:

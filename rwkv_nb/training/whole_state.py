@@ -78,8 +78,8 @@ def restore_whole(
 def loss_scale(trainer: pl.Trainer) -> dict[str, Any]:
     """What fp16's loss scale has learnt; empty with another precision."""
     if isinstance(trainer.strategy, DeepSpeedStrategy):
-        scaler = trainer.optimizers[0].loss_scaler
-        return {name: getattr(scaler, name) for name in _SCALER} if scaler.dynamic else {}
+        scaler = getattr(trainer.optimizers[0], "loss_scaler", None)  # stage 1 that collects batches in bf16 has none
+        return {name: getattr(scaler, name) for name in _SCALER} if scaler is not None and scaler.dynamic else {}
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler.state_dict() if scaler is not None else {}
 
@@ -165,7 +165,7 @@ def _make_room(zero: Any, step: float) -> None:
 def _link(zero: Any) -> None:
     """Tell each parameter of stages 1 and 2 where its moments are. DeepSpeed does it after the first step of the first
     group, when the other groups have none yet, and never again."""
-    if hasattr(zero, "single_partition_of_fp32_groups"):
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
         if not hasattr(zero, "_hp_optimizer_states_linked"):
             raise _unknown_deepspeed()
         zero._hp_optimizer_states_linked = False
@@ -173,7 +173,8 @@ def _link(zero: Any) -> None:
 
 
 def _flat_weights(zero: Any) -> Iterable[torch.Tensor]:
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # stage 3; stages 1 and 2
+    # stage 3; stages 1 and 2; stage 1 where it collects batches in bf16
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(zero, name):
             return getattr(zero, name)
     raise _unknown_deepspeed()

@@ -26,15 +26,21 @@ from rwkv_nb.wkv import build
 WORKER = Path(__file__).with_name("worker_without_gpu.py")
 DEEPSPEED = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")]
 CTX = 16
+ANEW = {"my_pile_stage": 0, "my_exit": 0, "epoch_save": 1, "magic_prime": 0}  # with other weights than the others
+ALIKE = {"warmup_steps": 0, "dropout": 0.0, "weight_decay": 0.0}
 KINDS = {
     "plain": {"precision": "fp32", "my_exit_tokens": 8 * 4 * CTX},
     "collected": {"precision": "fp32", "accumulate_grad_batches": 2, "my_exit_tokens": 8 * 4 * CTX, "grad_cp": 1,
                   "val_split": 0.2, "val_every": 2, "magic_prime": 59},
     "bf16": {"precision": "bf16", "my_exit_tokens": 8 * 4 * CTX},
     "three": {"precision": "fp32", "my_exit_tokens": 8 * 6 * CTX},
-    "beside": {"precision": "fp16", "my_pile_stage": 0, "epoch_steps": 4, "epoch_save": 1, "my_exit": 0,
-               "magic_prime": 0, "head_qk": 16, "vocab_size": 4096},
+    "beside": {"precision": "fp16", **ANEW, "epoch_steps": 4, "head_qk": 16, "vocab_size": 4096},
     "fp16": {"precision": "fp16", "my_exit_tokens": 16 * 4 * CTX},
+    "both": {"precision": "bf16", "accumulate_grad_batches": 2, "my_exit_tokens": 8 * 4 * CTX},
+    "one": {"precision": "bf16", **ALIKE, "my_exit_tokens": 2 * CTX},
+    "many": {"precision": "bf16", **ALIKE, "my_exit_tokens": 64 * 2 * CTX, "accumulate_grad_batches": 64},
+    "head": {"precision": "fp32", **ANEW, "epoch_steps": 8, "vocab_size": 4096},
+    "mish": {"precision": "bf16", **ANEW, "epoch_steps": 8, "my_testing": "g"},
 }  # fmt: skip
 pytestmark = [
     pytest.mark.slow,
@@ -153,6 +159,14 @@ def test_a_run_may_change_its_strategy(first, then, base, ddp):
     close(ddp["plain"][2], weights, 1e-3, 1e-4)
 
 
+def test_stage_3_cuts_a_parameter_at_a_time(base):
+    """No process has the model on its device: one parameter on its way, and half of all others."""
+    [(*_, out)] = run(base, "deepspeed_stage_3", ("plain", "moved", {}))
+    sizes = [tensor.numel() for tensor in load_checkpoint(out / "rwkv-final.pth").values()]
+    seen = json.loads((out.parent / "most.json").read_text(encoding="utf-8"))
+    assert seen == {"whole": max(sizes), "kept": sum(size // 2 for size in sizes)}
+
+
 def test_fsdp_gathers_a_block_at_a_time(base):
     """Embedding, head and block 0 stay for a step; of the others one, and the next one that is fetched meanwhile."""
     folder, flags = base
@@ -190,6 +204,50 @@ def test_pieces_that_are_filled_up(strategy, base):
     assert whole[0] == pytest.approx(losses, rel=2e-5)
     close(weights, whole[2], 1e-3, 1e-4)
     goes_on_bit_for_bit(base, strategy, "three", stopped, whole)
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("fsdp", 1), *((each, 2) for each in ("fsdp", *DEEPSPEED))])
+def test_many_batches_add_up_in_float32(strategy, devices, base):
+    """64 equal batches make the step of one of them. In bfloat16 their sum would be 3 % off.
+
+    Without clipping, which would hide a common factor, and without L2Wrap, which pulls once a batch.
+    """
+    folder, flags = base
+    period = folder / "period"
+    if not period.with_suffix(".idx").exists():
+        with MMapIndexedDatasetBuilder(period) as builder:
+            builder.add_item(np.tile(np.random.default_rng(3).integers(1, 50, CTX), 78)[:1240].astype(np.uint16))
+            builder.end_document()
+    base = folder, {**flags, "data_file": str(period), "devices": devices, "micro_bsz": 2 // devices}
+    settings = {"l2wrap": 0.0, "clip": None}
+    runs = run(base, strategy, *((kind, f"sum-of-{devices}", settings) for kind in ("one", "many")))
+    one, many = (TrainerState.load(*out.glob("*.state")).optimizer for *_, out in runs)
+    assert sum(entry["exp_avg"].abs().sum() for entry in one.values()) > 1
+    for name, entry in one.items():
+        torch.testing.assert_close(many[name]["exp_avg"], entry["exp_avg"], rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_stage_1_that_collects_batches_goes_on(base):
+    """In bfloat16 DeepSpeed takes another optimizer there."""
+    whole, stopped = run(base, "deepspeed_stage_1", ("both", "whole", {}), ("both", "stopped", stops_in(2)))
+    [(losses, _, weights, _)] = run(base, "ddp", ("both", "whole", {}))
+    assert whole[0] == pytest.approx(losses, rel=5e-3)
+    close(weights, whole[2], 0.05, 1e-2)
+    goes_on_bit_for_bit(base, "deepspeed_stage_1", "both", stopped, whole)
+
+
+@pytest.fixture(scope="module")
+def variants(base):
+    return run(base, "ddp", ("head", "variant", {}), ("mish", "variant", {}))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_the_sliced_head_and_mish_glu(strategy, base, variants):
+    """4096 tokens: `head_loss` takes the head's weight by itself, but for stage 3, where it is not there."""
+    found = run(base, strategy, ("head", "variant", {}), ("mish", "variant", {}))
+    for kind, (losses, _, weights, _), (expected, _, whole, _) in zip(("head", "mish"), found, variants, strict=True):
+        assert losses == pytest.approx(expected, rel=5e-3 if kind == "mish" else 2e-5), kind
+        close(whole, weights, *((0.05, 1e-2) if kind == "mish" else (1e-3, 1e-4)))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])

@@ -23,7 +23,7 @@ from pytorch_lightning.plugins.precision import DeepSpeedPrecision, FSDPPrecisio
 from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from rwkv_nb.model import fused
+from rwkv_nb.model import fused, loss
 from rwkv_nb.training import rules, trainer
 
 
@@ -90,6 +90,43 @@ def watch_whole() -> dict[str, int]:
     return most
 
 
+def watch_moved() -> dict[str, int]:
+    """How many parameters DeepSpeed has whole on its device before training: the most at once, and what is left."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    move, cut = DeepSpeedEngine._configure_distributed_model, Init._zero_init_param
+    whole, most = {}, {"whole": 0}
+
+    def all_at_once(self, model):
+        for parameter in model.parameters():
+            whole[id(parameter)] = parameter.numel()  # 0 if it is cut
+        most["whole"] = max(most["whole"], sum(whole.values()))
+        move(self, model)
+        most["kept"] = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters())
+
+    def one(self, parameter):
+        whole[id(parameter)] = parameter.numel()
+        most["whole"] = max(most["whole"], sum(whole.values()))
+        cut(self, parameter)
+        whole[id(parameter)] = parameter.numel()
+
+    DeepSpeedEngine._configure_distributed_model, Init._zero_init_param = all_at_once, one
+    return most
+
+
+def layer_norm_as_on_a_gpu() -> None:
+    """CUDA's autocast takes layer_norm in float32, whatever comes in; a processor's leaves it as it is."""
+    plain = torch.nn.functional.layer_norm
+
+    def wide(x, shape, weight=None, bias=None, eps=1e-5):
+        if torch.is_autocast_enabled("cpu"):
+            x, weight, bias = (t if t is None else t.float() for t in (x, weight, bias))
+        return plain(x, shape, weight, bias, eps)
+
+    torch.nn.functional.layer_norm = wide
+
+
 def here(kind, offload_to_cpu, rank0_only):
     return kind(offload_to_cpu=False, rank0_only=rank0_only)
 
@@ -108,11 +145,15 @@ if __name__ == "__main__":
     STRATEGY, MOST = SETTINGS["flags"]["strategy"], {}
     if STRATEGY.startswith("deepspeed"):
         deepspeed_on_cpu()
+        MOST = watch_moved()
         trainer.MixedPrecision = half_precision
     elif STRATEGY.startswith("fsdp"):
         fsdp_on_cpu()
+        layer_norm_as_on_a_gpu()
         MOST = watch_whole()
         trainer.MixedPrecision = half_precision
+    trainer.GRAD_CLIP = SETTINGS.get("clip", trainer.GRAD_CLIP)
+    loss.L2WRAP = SETTINGS.get("l2wrap", loss.L2WRAP)
     fused._format = lambda *tensors: None  # the definitions in plain PyTorch, which run on a GPU
     others = rules._others
     rules._others = lambda c: [rule for rule in others(c) if "needs GPUs" not in rule[1]]
