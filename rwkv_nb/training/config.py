@@ -201,10 +201,7 @@ class TrainConfig:
             notes.append("neither my_exit_tokens nor my_exit is given: training goes on until it is interrupted")
         if self.n_layer == 1:
             notes.append("n_layer=1 trains, but the `rwkv` package cannot load such a checkpoint: use 2 or more")
-        if self.save_state and self.strategy.endswith("_nvme"):
-            notes.append(f"save_state: strategy={self.strategy!r} keeps Adam's state on a disk and writes no .state: a "
-                         "run that is started again goes on from the newest rwkv-N.pth, weights alone")
-        elif self.save_state and self.strategy.startswith(("deepspeed", "fsdp")):
+        if self.save_state and self.strategy.startswith(("deepspeed", "fsdp")):
             notes.append(f"save_state: with strategy={self.strategy!r} each .state is put together in the RAM of the "
                          "first process, 12 bytes a parameter, three of them lie on the disk while one is written, and "
                          "a run that goes on reads one in each process; save_minutes=0 writes fewer, save_state=False "

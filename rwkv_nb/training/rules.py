@@ -29,7 +29,7 @@ ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "auto")
 STRATEGIES = (  # Lightning's names
     "auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "fsdp", "fsdp_cpu_offload",
     "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3",
-    "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme",
+    "deepspeed_stage_3_offload",
 )  # fmt: skip
 COPIES = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # Lightning's too, not built here
 PRIME_COMMAND = "python -m rwkv_nb magic_prime DATA_FILE CTX_LEN"
@@ -58,6 +58,8 @@ def _choices(c: TrainConfig) -> list[tuple[bool, str]]:
     why = f"no strategy of Lightning{did_you_mean(c.strategy, STRATEGIES) or '; use ' + ', '.join(STRATEGIES)}"
     if c.strategy.startswith(COPIES):
         why = "copies a running program, data and all; use ddp, which starts the command once more for each device"
+    if c.strategy.endswith("_nvme"):
+        why = "keeps weights and Adam's state on a disk, which is not built here; use deepspeed_stage_3_offload"
     return [*rules, (c.strategy not in STRATEGIES, f"strategy={c.strategy!r}: {why}")]
 
 

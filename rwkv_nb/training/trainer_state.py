@@ -89,8 +89,6 @@ class TrainerState:
                   if name in self.flags and name in now and self.flags[name] != now[name]]  # fmt: skip
         if n_tokens != self.n_tokens:
             differ.append(f"the data has {n_tokens} tokens, it had {self.n_tokens}")
-        if cfg.strategy.endswith("_nvme"):
-            differ.append(f"strategy={cfg.strategy}, which keeps Adam's state on a disk, cannot take one over")
         if len(self.ranks) != cfg.devices * cfg.num_nodes:
             differ.append(f"{cfg.devices * cfg.num_nodes} processes, it was {len(self.ranks)}")
         return "; ".join(differ)
