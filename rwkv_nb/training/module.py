@@ -53,6 +53,10 @@ class LitRWKV(pl.LightningModule):
         same_start(self.trainer.strategy, self.model)
         cut_in_turn(self.trainer.strategy, self, self.model)
 
+    def on_train_start(self) -> None:
+        # the first process may be writing a file: it is waited for here, as DeepSpeed's own groups wait ten minutes
+        self.trainer.strategy.barrier("all begin")
+
     def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
         idx, targets, *mask = batch  # (B, T) each; a mask only with my_qa_mask 1
         loss = next_token_loss(self.model, idx, targets, *mask, sliced=head_stays_whole(self.trainer.strategy))

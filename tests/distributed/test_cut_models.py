@@ -26,6 +26,7 @@ from rwkv_nb.wkv import build
 WORKER = Path(__file__).with_name("worker_without_gpu.py")
 DEEPSPEED = [f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")]
 CTX = 16
+WAITS = 6 * 3600  # seconds for the first process to write its files
 ANEW = {"my_pile_stage": 0, "my_exit": 0, "epoch_save": 1, "magic_prime": 0}  # with other weights than the others
 ALIKE = {"warmup_steps": 0, "dropout": 0.0, "weight_decay": 0.0}
 KINDS = {
@@ -93,6 +94,11 @@ def run(base, strategy, *runs):
 def read(out):
     seen = json.loads((out / "rank-0.json").read_text(encoding="utf-8"))
     return seen["losses"], seen["val"], load_checkpoint(out / "run" / "rwkv-final.pth"), out / "run"
+
+
+def seen_by(folder):
+    """What worker_without_gpu.py watched in the first process."""
+    return json.loads((folder.parent / "most.json").read_text(encoding="utf-8"))
 
 
 def states(folder):
@@ -163,8 +169,7 @@ def test_stage_3_cuts_a_parameter_at_a_time(base):
     """No process has the model on its device: one parameter on its way, and half of all others."""
     [(*_, out)] = run(base, "deepspeed_stage_3", ("plain", "moved", {}))
     sizes = [tensor.numel() for tensor in load_checkpoint(out / "rwkv-final.pth").values()]
-    seen = json.loads((out.parent / "most.json").read_text(encoding="utf-8"))
-    assert seen == {"whole": max(sizes), "kept": sum(size // 2 for size in sizes)}
+    assert seen_by(out) == {"whole": max(sizes), "kept": sum(size // 2 for size in sizes), "waits": WAITS}
 
 
 def test_fsdp_gathers_a_block_at_a_time(base):
@@ -177,7 +182,8 @@ def test_fsdp_gathers_a_block_at_a_time(base):
     sizes = {name: tensor.numel() for name, tensor in load_checkpoint(out / "rwkv-final.pth").items()}
     blocks = [sum(n for name, n in sizes.items() if name.startswith(f"blocks.{i}.")) for i in range(6)]
     root = sum(sizes.values()) - sum(blocks[1:])
-    most = json.loads((out.parent / "most.json").read_text(encoding="utf-8"))["whole"]
+    most = seen_by(out)["whole"]
+    assert seen_by(out)["waits"] == WAITS
     assert root + blocks[1] < most <= root + 2 * blocks[1] < sum(sizes.values()) * 0.6
     assert TrainerState.load(out / "rwkv-0.8.state").optimizer.keys() == sizes.keys()
 
@@ -239,6 +245,10 @@ def test_stage_1_that_collects_batches_goes_on(base):
 @pytest.fixture(scope="module")
 def variants(base):
     return run(base, "ddp", ("head", "variant", {}), ("mish", "variant", {}))
+
+
+def test_processes_wait_while_the_first_one_writes(base):
+    assert seen_by(run(base, "ddp", ("plain", "waits", {}))[0][-1]) == {"waits": WAITS}
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])

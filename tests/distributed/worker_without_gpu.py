@@ -70,6 +70,17 @@ def fsdp_on_cpu() -> None:
         setattr(of_torch, name, functools.partial(here, getattr(of_torch, name)))
 
 
+def watch_patience(seen: dict) -> None:
+    """How many seconds the group of all processes waits for one of them."""
+    begin = torch.distributed.init_process_group
+
+    def noted(*args, **more):
+        seen["waits"] = more["timeout"].total_seconds()
+        return begin(*args, **more)
+
+    torch.distributed.init_process_group = noted
+
+
 def watch_whole() -> dict[str, int]:
     """How many parameters of FSDP a process holds whole at once: the most so far."""
     kind = importlib.import_module("torch.distributed.fsdp._flat_param").FlatParamHandle
@@ -152,6 +163,7 @@ if __name__ == "__main__":
         layer_norm_as_on_a_gpu()
         MOST = watch_whole()
         trainer.MixedPrecision = half_precision
+    watch_patience(MOST)
     trainer.GRAD_CLIP = SETTINGS.get("clip", trainer.GRAD_CLIP)
     loss.L2WRAP = SETTINGS.get("l2wrap", loss.L2WRAP)
     fused._format = lambda *tensors: None  # the definitions in plain PyTorch, which run on a GPU
@@ -162,5 +174,5 @@ if __name__ == "__main__":
     spec.loader.exec_module(worker)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker.main()
-    if MOST and os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         (Path(SETTINGS["out"]) / "most.json").write_text(json.dumps(MOST), encoding="utf-8")
