@@ -150,12 +150,16 @@ def train_flops(config: ModelConfig, grad_cp: bool = False) -> float:
     return (4 if grad_cp else 3) * blocks + 3 * 2 * head
 
 
-def state_bytes(n_params: int, strategy: str = "ddp", devices: int = 1, precision: str = "bf16") -> Memory:
+def state_bytes(
+    n_params: int, strategy: str = "ddp", devices: int = 1, precision: str = "bf16", accumulate: int = 1
+) -> Memory:
     """What does not depend on the batch: weights, gradients, Adam. 16 bytes a parameter in each strategy, cut or not.
 
     auto, ddp: weights, gradients and Adam in float32, 4 + 4 + 8, whole on each device.
     deepspeed: weights and gradients in 2 bytes (float32: 4), Adam with float32 weights of its own 12; stage 1 cuts
     Adam into one piece a device, stage 2 gradients too, stage 3 weights too. fsdp: like ddp, everything cut.
+    accumulate above 1: deepspeed adds up batches in float32, so that gradients take 4 bytes where it cuts them. Stage 1
+    has the sum whole beside the gradients of one batch; stage 2 with offload has its piece of the sum on the device.
     """
     P, n = n_params, devices
     if strategy.startswith("fsdp"):
@@ -168,11 +172,15 @@ def state_bytes(n_params: int, strategy: str = "ddp", devices: int = 1, precisio
     each = 2 if precision in ("bf16", "fp16") else 4
     adam = (ADAM + (4 if each == 2 else 0)) * P / (n if stage >= 1 else 1)
     gradients = each * P / (n if stage >= 2 else 1)
+    summed = accumulate > 1 and each == 2
+    if summed:
+        gradients = 4 * P / n if stage >= 2 else (4 + each) * P
     weights = each * P / (n if stage >= 3 else 1)
     if "offload" not in strategy:
         return Memory(weights, 0.0, gradients, adam, 0.0, 0.0)
     host = adam + (gradients if stage >= 2 else 0.0) + (weights if stage == 3 else 0.0)
-    return Memory(0.0 if stage == 3 else weights, 0.0, 0.0 if stage >= 2 else gradients, 0.0, 0.0, 0.0, host)
+    there = 0.0 if stage == 3 or (stage == 2 and not summed) else gradients
+    return Memory(0.0 if stage == 3 else weights, 0.0, there, 0.0, 0.0, 0.0, host)
 
 
 def activation_bytes(
@@ -194,14 +202,16 @@ def activation_bytes(
 def memory(
     config: ModelConfig, micro_bsz: int, ctx_len: int, strategy: str = "ddp", devices: int = 1,
     precision: str = "bf16", grad_cp: bool = False, logits_whole: bool | None = None, fused: bool = False,
+    accumulate: int = 1,
 ) -> Memory:  # fmt: skip
-    """Peak bytes on each of `devices` while training.
+    """Peak bytes on each of `devices` while training; before, none holds more, as what is cut is cut on its way there.
 
+    accumulate: accumulate_grad_batches.
     logits_whole: logits and their gradient are held entirely, as in the official trainer. None: as this trainer does
     it, in slices but for ZeRO stage 3. fused: see `activation_bytes`.
     """
     each = 2 if precision in ("bf16", "fp16") else 4
-    state = state_bytes(config.n_params, strategy, devices, precision)
+    state = state_bytes(config.n_params, strategy, devices, precision, accumulate)
     copies, matrix = 0.0, config.vocab_size * config.n_embd
     if each == 2 and not strategy.startswith(("deepspeed", "fsdp")):
         copies += 2 * (config.n_params - matrix)  # all that is multiplied
@@ -247,6 +257,9 @@ def plan_run(
     if tokens <= 0:
         raise ValueError("tokens: how many are to be trained on? Give tokens, or my_exit_tokens in the configuration")
     config, devices, cp = cfg.model_config(), cfg.devices * cfg.num_nodes, cfg.grad_cp > 0
-    needed = memory(config, cfg.micro_bsz, cfg.ctx_len, cfg.strategy, devices, cfg.precision, cp, logits_whole)
+    needed = memory(
+        config, cfg.micro_bsz, cfg.ctx_len, cfg.strategy, devices, cfg.precision, cp, logits_whole,
+        accumulate=cfg.accumulate_grad_batches,
+    )  # fmt: skip
     speed = tokens_per_second(config, device, devices, utilisation, scaling, cp)
     return Plan(needed, device, devices, speed, tokens, price_per_hour)

@@ -55,6 +55,26 @@ def test_offload_moves_bytes_and_loses_none():
     assert planner.state_bytes(1000, "deepspeed_stage_2_offload", 4).total == 2000, "the weights stay"
 
 
+def test_batches_that_are_added_up_in_float32():
+    """tests/distributed/test_cut_models.py sees the sums."""
+
+    def gradients(strategy, accumulate, precision="bf16"):
+        return planner.state_bytes(1000, strategy, 4, precision, accumulate).gradients
+
+    for strategy in ("auto", "ddp", "fsdp"):
+        assert gradients(strategy, 8) == gradients(strategy, 1), "in four bytes they are anyway"
+    assert gradients("deepspeed_stage_3", 1) == 500 and gradients("deepspeed_stage_3", 8) == 1000
+    assert gradients("deepspeed_stage_2", 8, "fp16") == 1000
+    assert gradients("deepspeed_stage_1", 1) == 2000 and gradients("deepspeed_stage_1", 8) == 4000 + 2000
+    assert gradients("deepspeed_stage_1", 8, "fp32") == gradients("deepspeed_stage_1", 1, "fp32") == 4000
+    assert gradients("deepspeed_stage_2_offload", 1) == 0 and gradients("deepspeed_stage_2_offload", 8) == 1000
+    assert planner.state_bytes(1000, "deepspeed_stage_3_offload", 4, accumulate=8).host == 500 + 1000 + 3000
+    cfg = TrainConfig(n_layer=12, n_embd=768, vocab_size=65536, strategy="deepspeed_stage_3", devices=4, micro_bsz=2,
+                      precision="bf16", my_exit_tokens=-(10**9))  # fmt: skip
+    one, eight = (planner.plan_run(cfg.replace(accumulate_grad_batches=n), planner.GPUS["H100 SXM"]) for n in (1, 8))
+    assert eight.memory.gradients == 2 * one.memory.gradients > 0
+
+
 def test_states_are_those_of_real_tensors():
     cfg = TrainConfig(n_layer=3, n_embd=128, vocab_size=512, weight_decay=0.01, precision="fp32", accelerator="cpu")
     model = RWKV(SMALL)
