@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 OWN = ("proj_dir", "data_file", "qa_pile_file", "load_model", "enable_progress_bar", "logger", "wandb")
 
 
-def first_process() -> bool:
-    """Whether this process is the one that speaks and writes: launchers and job managers number the others."""
-    for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):  # over all nodes
-        if name in os.environ:
-            return os.environ[name] == "0"
-    return all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
+def first_process(cfg: TrainConfig) -> bool:
+    """Whether this process speaks and writes for the run: launchers and job managers number the others.
+
+    A run on one device is a run of its own, whatever numbers it was given: of twenty that a job array has started,
+    each is the first.
+    """
+    if cfg.devices * cfg.num_nodes == 1:
+        return True
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    if "LOCAL_RANK" in os.environ:  # Lightning's children; before Slurm's number, which they have from their parent
+        return os.environ["LOCAL_RANK"] == "0" == os.environ.get("NODE_RANK", "0")
+    return all(os.environ.get(name, "0") == "0" for name in ("SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK"))
 
 
 def beginning(cfg: TrainConfig, start: Start | None, n_tokens: int) -> dict[str, Any]:

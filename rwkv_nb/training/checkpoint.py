@@ -122,7 +122,7 @@ def starting_checkpoint(cfg: TrainConfig) -> tuple[int, Path, dict[str, torch.Te
     if cfg.load_model not in ("", "0") and cfg.my_pile_stage != 1:
         return cfg.epoch_begin - 1, Path(cfg.load_model), load_checkpoint(cfg.load_model)
     if cfg.my_pile_stage < 2:
-        if not first_process():
+        if not first_process(cfg):
             return INIT_EPOCH, Path(cfg.proj_dir) / "rwkv-init.pth", initial_weights(cfg)
         path = init_checkpoint(cfg)
         return INIT_EPOCH, path, load_checkpoint(path)

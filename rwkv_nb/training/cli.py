@@ -166,7 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises Interrupted (exit code 130, 143, 138) after Ctrl-C, SIGTERM or SIGUSR1, when everything is saved.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    speaks = first_process()
     try:
         cfg, notes = check(argv)
     except ConfigError as error:
@@ -175,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from rwkv_nb.training.banner import banner, parameter_table
 
+    speaks = first_process(cfg)
     if speaks:
         print(banner(cfg), *(f"note: {note}" for note in notes), sep="\n", flush=True)
     with warnings.catch_warnings():

@@ -56,8 +56,8 @@ class Stop:
     def take_over(self) -> None:
         """Be the one who hears (again: Lightning puts a handler of its own before ours).
 
-        A program that has a use of its own for SIGUSR1 or 2 keeps it. Else Lightning finds ours there, and does not
-        answer with a checkpoint of its own and a new job, as it would under Slurm.
+        A program that has a use of its own for SIGUSR1 or 2, in Python, keeps it. Else Lightning finds ours there, and
+        does not answer with a checkpoint of its own and a new job, as it would under Slurm.
         """
         if threading.current_thread() is not threading.main_thread():
             return  # signals are the main thread's
@@ -75,7 +75,7 @@ class Stop:
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        self.number = number
+        self.number = self.number or number  # why the run ends; what comes while it saves changes nothing
         # the next one of its kind is immediate; but an announcement may come twice, from Slurm and from a script
         signal.signal(number, signal.SIG_IGN if number in ANNOUNCES else self._before[number])
 

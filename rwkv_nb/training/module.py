@@ -21,6 +21,7 @@ from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.optimizer import set_rates
 from rwkv_nb.training.schedule import learning_rate, weight_decay
 from rwkv_nb.training.strategies import (
+    be_patient,
     clip_gradients,
     cut_in_turn,
     head_stays_whole,
@@ -48,6 +49,7 @@ class LitRWKV(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_same(self.begins_with)
+        be_patient()
         if self.trainer.global_rank > 0 and self.cfg.random_seed >= 0:
             torch.manual_seed(self.cfg.random_seed + self.trainer.global_rank)  # dropout: each its own channels
         same_start(self.trainer.strategy, self.model)

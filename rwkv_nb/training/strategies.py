@@ -25,9 +25,9 @@ from rwkv_nb.model.block import Block
 from rwkv_nb.training.config import TrainConfig
 from rwkv_nb.training.optimizer import build_optimizer, param_groups
 
-# How long a process waits for another one. Lightning's 30 minutes are too short where the first process writes files
-# for all: a state of 14 billion parameters is 168 GB, 2.5 hours on a disk of 20 MB/s. A process that dies is noticed
-# without it, by its launcher or by a closed connection; a longer wait only for one that hangs is the price.
+# How long a process waits for another one, once all have met. Lightning's 30 minutes are too short where the first
+# process writes files for all: a state of 14 billion parameters is 168 GB, 2.5 hours on a disk of 20 MB/s. The price: a
+# longer wait for one that hangs, or that died where no launcher ends the others (srun without --kill-on-bad-exit=1).
 PATIENCE = datetime.timedelta(hours=6)
 
 
@@ -35,14 +35,12 @@ _OF_DEEPSPEED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # section of it
 
 
 def set_up(strategy: Strategy, cfg: TrainConfig) -> None:
-    """Tell a strategy how much to hold whole at once, how to add up batches, and how long to wait for others.
+    """Tell a strategy how much to hold whole at once, and how to add up batches.
 
     Whole at once: DeepSpeed `ds_bucket_mb` million numbers, FSDP one block, and the parameters that are left over, with
     the embedding and the head, for the whole step. Batches of a step are added up in float32: DeepSpeed and FSDP would
     do it in the 16 bits in which they compute (64 equal batches: 3 % off).
     """
-    if hasattr(strategy, "_timeout"):
-        strategy._timeout = PATIENCE
     if isinstance(strategy, DeepSpeedStrategy):
         zero = strategy.config.setdefault("zero_optimization", {})
         zero["allgather_bucket_size"] = zero["reduce_bucket_size"] = cfg.ds_bucket_mb * 1_000_000
@@ -71,6 +69,12 @@ def leaves_no_model(strategy: Strategy) -> bool:
 def head_stays_whole(strategy: Strategy) -> bool:
     """Whether the head's weights are there for the whole step, and not only while the head itself runs."""
     return _zero_stage(strategy) != 3
+
+
+def be_patient() -> None:
+    """From now on wait `PATIENCE` for another process; until all have met, Lightning's half an hour is enough."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)
 
 
 def same_start(strategy: Strategy, model: torch.nn.Module) -> None:

@@ -152,7 +152,7 @@ def _tell(start: Start, progress: bool) -> None:
 
 def _only_finish(cfg: TrainConfig, model: RWKV, start: Start | None) -> None:
     """The files of a run that was over before it began."""
-    if not first_process():
+    if not first_process(cfg):
         return
     folder = Path(cfg.proj_dir)
     remove_orphans(folder)

@@ -19,7 +19,10 @@ import torch
 
 
 class exact_products:
-    """Within: products of float32 numbers are not rounded more than float32. After: all switches as before."""
+    """Within: products of float32 numbers are not rounded more than float32. After: all switches say what they said.
+
+    A switch of a library that only followed a wider one may say it by itself from then on.
+    """
 
     __slots__ = ("libraries", "older")
 

@@ -71,14 +71,16 @@ def fsdp_on_cpu() -> None:
 
 
 def watch_patience(seen: dict) -> None:
-    """How many seconds the group of all processes waits for one of them."""
-    begin = torch.distributed.init_process_group
+    """How many seconds the group of all processes waits for one of them, in the end."""
+    groups = torch.distributed.distributed_c10d
+    change = groups._set_pg_timeout
 
-    def noted(*args, **more):
-        seen["waits"] = more["timeout"].total_seconds()
-        return begin(*args, **more)
+    def noted(timeout, group=None):
+        change(timeout, group)
+        of_gloo = groups._get_default_group()._get_backend(torch.device("cpu"))
+        seen["waits"] = of_gloo.options._timeout.total_seconds()
 
-    torch.distributed.init_process_group = noted
+    groups._set_pg_timeout = noted
 
 
 def watch_whole() -> dict[str, int]:

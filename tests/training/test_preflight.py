@@ -153,12 +153,15 @@ def test_more_devices_than_there_are(base, monkeypatch):
 def test_only_the_first_process_speaks(monkeypatch):
     for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert cli.first_process()
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert not cli.first_process()
-    monkeypatch.setenv("RANK", "0")
-    assert cli.first_process()
-    monkeypatch.delenv("RANK")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("NODE_RANK", "1")
-    assert not cli.first_process(), "the command that a person starts on the second node"
+    two = TrainConfig(devices=2)
+    for names, first in [
+        ("", True), ("LOCAL_RANK=1", False), ("LOCAL_RANK=1 RANK=0", True), ("LOCAL_RANK=0 RANK=8", False),
+        ("NODE_RANK=1", False), ("NODE_RANK=1 LOCAL_RANK=0", False), ("NODE_RANK=0 LOCAL_RANK=0", True),
+        ("SLURM_PROCID=0", True), ("SLURM_PROCID=3", False), ("SLURM_PROCID=0 LOCAL_RANK=1", False),
+        ("JSM_NAMESPACE_RANK=2", False),
+    ]:  # fmt: skip
+        with monkeypatch.context() as patch:
+            for name, _, value in (word.partition("=") for word in names.split()):
+                patch.setenv(name, value)
+            assert cli.first_process(two) == first, names
+            assert cli.first_process(TrainConfig()), "a run on one device, one of many that were started together"

@@ -149,13 +149,16 @@ def test_initial_weights_repeat_by_seed(tmp_path):
 
 def test_of_several_processes_the_first_writes_initial_weights(tmp_path, monkeypatch):
     """Without a seed the others draw their own, and the file must be what the run begins with."""
-    cfg = TrainConfig(**SMALL, proj_dir=str(tmp_path), my_pile_stage=0)
+    cfg = TrainConfig(**SMALL, proj_dir=str(tmp_path), my_pile_stage=0, devices=2)
     monkeypatch.setenv("RANK", "1")
     epoch, path, other = starting_checkpoint(cfg)
     assert (epoch, path) == (-1, tmp_path / "rwkv-init.pth") and not path.exists()
     monkeypatch.setenv("RANK", "0")
     first = starting_checkpoint(cfg)[2]
     assert path.is_file() and {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in other.items()}
+    path.unlink()
+    monkeypatch.setenv("RANK", "1")
+    assert starting_checkpoint(cfg.replace(devices=1))[1].is_file(), "a run of its own"
     assert not torch.equal(first["head.weight"].float(), other["head.weight"].to(first["head.weight"].dtype).float())
 
 
