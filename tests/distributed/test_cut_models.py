@@ -37,6 +37,7 @@ KINDS = {
     "three": {"precision": "fp32", "my_exit_tokens": 8 * 6 * CTX},
     "beside": {"precision": "fp16", **ANEW, "epoch_steps": 4, "head_qk": 16, "vocab_size": 4096},
     "fp16": {"precision": "fp16", "my_exit_tokens": 16 * 4 * CTX},
+    "fp16-2": {"precision": "fp16", "accumulate_grad_batches": 2, "my_exit_tokens": 32 * 4 * CTX},
     "both": {"precision": "bf16", "accumulate_grad_batches": 2, "my_exit_tokens": 8 * 4 * CTX},
     "one": {"precision": "bf16", **ALIKE, "my_exit_tokens": 2 * CTX},
     "many": {"precision": "bf16", **ALIKE, "my_exit_tokens": 64 * 2 * CTX, "accumulate_grad_batches": 64},
@@ -188,15 +189,19 @@ def test_fsdp_gathers_a_block_at_a_time(base):
     assert TrainerState.load(out / "rwkv-0.8.state").optimizer.keys() == sizes.keys()
 
 
-@pytest.mark.parametrize(("strategy", "scale"), [("fsdp", "scale"), ("deepspeed_stage_2", "cur_scale")])
-def test_float16_finds_its_loss_scale_and_keeps_it(strategy, scale, base):
+@pytest.mark.parametrize(
+    ("strategy", "scale", "kind", "last"),
+    [("fsdp", "scale", "fp16", 11), ("deepspeed_stage_2", "cur_scale", "fp16", 11),
+     ("deepspeed_stage_1", "cur_scale", "fp16-2", 23), ("deepspeed_stage_2", "cur_scale", "fp16-2", 23)],
+)  # fmt: skip
+def test_float16_finds_its_loss_scale_and_keeps_it(strategy, scale, kind, last, base):
     """All weights and gradients are float16 here: at first the gradient of emb.weight is too large, and steps are left
-    out until the scale is small enough."""
-    whole, stopped = run(base, strategy, ("fp16", "whole", {}), ("fp16", "stopped", stops_in(11)))
+    out until the scale is small enough. Also with two batches a step, which are added up in float32."""
+    whole, stopped = run(base, strategy, (kind, "whole", {}), (kind, "stopped", stops_in(last)))
     began = load_checkpoint(base[0] / "begin" / "rwkv-init.pth")
     assert all(torch.isfinite(tensor).all() for tensor in whole[2].values())
     assert not torch.equal(whole[2]["head.weight"].float(), began["head.weight"].half().float())
-    state = goes_on_bit_for_bit(base, strategy, "fp16", stopped, whole)
+    state = goes_on_bit_for_bit(base, strategy, kind, stopped, whole)
     assert 1 <= state.scaler[scale] < 2**16
 
 

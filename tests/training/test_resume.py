@@ -198,7 +198,8 @@ needs_sigusr1 = pytest.mark.skipif(not interrupts.ANNOUNCES, reason="no SIGUSR1 
 
 @needs_sigusr1
 def test_slurm_announces_the_end_of_a_job(cfg, monkeypatch):
-    """Twice, as when Slurm and the script both send it. Lightning would write a checkpoint, and load any it finds."""
+    """Twice, as when Slurm and the script both send it, and SIGTERM before all is saved: the first word is the reason.
+    Lightning would write a checkpoint, and load any it finds."""
     cfg = prepare(cfg)
     for name, value in {"NTASKS": "1", "JOB_ID": "7", "JOB_NAME": "eagle", "PROCID": "0", "LOCALID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -209,8 +210,8 @@ def test_slurm_announces_the_end_of_a_job(cfg, monkeypatch):
     class Twice(Spy):
         def on_train_batch_end(self, *args):
             super().on_train_batch_end(*args)
-            if len(self.losses) == self.stop_after:
-                os.kill(os.getpid(), self.number)
+            for number in (self.number, signal.SIGTERM) if len(self.losses) == self.stop_after else ():
+                os.kill(os.getpid(), number)
 
     whole, spy, rest = Spy(), Twice(3, signal.SIGUSR1), Spy()
     run(copy_of(cfg, "whole"), whole)
