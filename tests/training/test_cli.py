@@ -194,7 +194,7 @@ def test_a_run_prints_banner_table_warnings_and_what_it_wrote(base, capsys, monk
     assert [text for text in order if text in out] == order
     assert sorted(order, key=out.index) == order and err == "warning: rwkv-3.pth: passed over\n"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert cli.main(words(base)) == 0
+    assert cli.main(words({**base, "devices": 2, "strategy": "ddp"})) == 0
     assert capsys.readouterr().out == "" and runs[1][1] is False, "the other processes are silent"
 
 
