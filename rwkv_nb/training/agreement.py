@@ -5,7 +5,8 @@ A run over several devices is the same program in each process. What they read m
 in one process would be those of another run. So all tell each other what they are about to begin with. Weights alone
 need no question: process 0 hands out its own (strategies.py).
 
-It is: two functions. It is not: anything that is told during the run. Imports no torch before it is needed.
+It is: the questions who is first, and who begins with what. It is not: anything that is told during the run. Imports no
+torch before it is needed.
 """
 
 from __future__ import annotations
@@ -49,12 +50,19 @@ def beginning(cfg: TrainConfig, start: Start | None, n_tokens: int) -> dict[str,
     return found
 
 
-def check_same(mine: dict[str, Any]) -> None:
-    """Raise ValueError, in every process, unless all processes bring the same; every one must call it."""
+def several_processes() -> bool:
+    """Whether this process can talk to others of its run."""
     import torch
 
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def check_same(mine: dict[str, Any]) -> None:
+    """Raise ValueError, in every process, unless all processes bring the same; every one must call it."""
+    if not several_processes():
         return
+    import torch
+
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     first, *others = everyone

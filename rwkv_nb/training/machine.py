@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from rwkv_nb.wkv.powers import has_float64
+
 # PRECISION flag -> (Lightning's name, dtype of matrix products under autocast); the weights are float32 in each
 PRECISION = {
     "fp32": ("32-true", None),
@@ -23,7 +25,6 @@ PRECISION = {
     "fp16": ("16-mixed", torch.float16),
     "bf16": ("bf16-mixed", torch.bfloat16),
 }
-NO_FLOAT64 = ("mps",)  # kinds of devices that have no float64
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of <malloc.h>
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
 
@@ -86,7 +87,7 @@ def keep_freed_memory() -> bool:
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x for a long sum: in float64, or in float32 where the device has nothing wider."""
-    return x.float() if x.device.type in NO_FLOAT64 else x.double()
+    return x.double() if has_float64(x.device) else x.float()
 
 
 def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager:

@@ -53,7 +53,7 @@ class LitRWKV(pl.LightningModule):
         if self.trainer.global_rank > 0 and self.cfg.random_seed >= 0:
             torch.manual_seed(self.cfg.random_seed + self.trainer.global_rank)  # dropout: each its own channels
         same_start(self.trainer.strategy, self.model)
-        cut_in_turn(self.trainer.strategy, self, self.model)
+        cut_in_turn(self.trainer.strategy, self)
 
     def on_train_start(self) -> None:
         # the first process may be writing a file: it is waited for here, as DeepSpeed's own groups wait ten minutes

@@ -22,16 +22,15 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
 from rwkv_nb.model.block import Block
+from rwkv_nb.training.agreement import several_processes
 from rwkv_nb.training.config import TrainConfig
+from rwkv_nb.training.machine import PRECISION
 from rwkv_nb.training.optimizer import build_optimizer, param_groups
 
 # How long a process waits for another one, once all have met. Lightning's 30 minutes are too short where the first
 # process writes files for all: a state of 14 billion parameters is 168 GB, 2.5 hours on a disk of 20 MB/s. The price: a
 # longer wait for one that hangs, or that died where no launcher ends the others (srun without --kill-on-bad-exit=1).
 PATIENCE = datetime.timedelta(hours=6)
-
-
-_OF_DEEPSPEED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # section of its configuration -> type of the weights
 
 
 def set_up(strategy: Strategy, cfg: TrainConfig) -> None:
@@ -73,7 +72,7 @@ def head_stays_whole(strategy: Strategy) -> bool:
 
 def be_patient() -> None:
     """From now on wait `PATIENCE` for another process; until all have met, Lightning's half an hour is enough."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if several_processes():
         torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)
 
 
@@ -83,7 +82,7 @@ def same_start(strategy: Strategy, model: torch.nn.Module) -> None:
     Without a seed each process draws weights of its own. DDP and DeepSpeed repair that themselves, FSDP would put one
     model together from pieces of different ones.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not several_processes():
         return
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -92,7 +91,7 @@ def same_start(strategy: Strategy, model: torch.nn.Module) -> None:
             tensor.copy_(there)
 
 
-def cut_in_turn(strategy: Strategy, module: pl.LightningModule, model: torch.nn.Module) -> None:
+def cut_in_turn(strategy: Strategy, module: pl.LightningModule) -> None:
     """ZeRO stage 3: cut each parameter by itself on its way to the device; to be called after `same_start`.
 
     DeepSpeed would move the whole model there first, for which a device may have no room. FSDP moves block by block.
@@ -102,10 +101,10 @@ def cut_in_turn(strategy: Strategy, module: pl.LightningModule, model: torch.nn.
     import deepspeed
 
     strategy._init_config_if_needed()
-    dtype = next((of for name, of in _OF_DEEPSPEED.items() if strategy.config.get(name, {}).get("enabled")), None)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype or parameter.dtype)  # DeepSpeed rounds what is not cut yet, no more
-    deepspeed.zero.Init(module=model, config_dict_or_path=strategy.config)
+    dtype = PRECISION[module.cfg.precision][1] or torch.float32
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)  # DeepSpeed rounds what is not cut yet, no more
+    deepspeed.zero.Init(module=module.model, config_dict_or_path=strategy.config)
     module.to(strategy.root_device)  # what is not cut: masks; and Lightning learns where the model is
 
 
