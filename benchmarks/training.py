@@ -39,6 +39,7 @@ from training_ways import (
     LightningSteps,
     Size,
     Step,
+    by_parts,
 )  # fmt: skip
 from wkv import print_table
 
@@ -169,10 +170,11 @@ GROUPS = {  # words in the name of an operation -> part of the step
 
 def shares(step: Step, steps: int) -> dict[str, float]:
     """Part of the step -> its share of the time; what fits no group is "everything else"."""
-    step.run()
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        for _ in range(steps):
-            step.run()
+    with by_parts():  # of a layer that is one node the profiler would see the products alone
+        step.run()
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            for _ in range(steps):
+                step.run()
     found = dict.fromkeys([*GROUPS, "everything else"], 0.0)
     for event in record.key_averages():
         part = next((g for g, words in GROUPS.items() if any(w in event.key for w in words)), "everything else")
@@ -188,7 +190,8 @@ def parts(small: Size, large: Size, steps: int) -> None:
     ]  # fmt: skip
     found = [shares(Step(name, size), steps) for name, size in columns]
     rows = [[part, *(f"{column[part]:.1%}" for column in found)] for part in found[0]]
-    print_table(f"Shares of a step, by torch's profiler ({small}; {large})", ["", *(n for n, _ in columns)], rows)
+    title = f"Shares of a step, its layers by their parts, by torch's profiler ({small}; {large})"
+    print_table(title, ["", *(name for name, _ in columns)], rows)
 
 
 def adam(size: Size, turns: int) -> None:

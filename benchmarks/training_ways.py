@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rwkv_nb.data.binidx import MMapIndexedDatasetBuilder
 from rwkv_nb.data.dataset import DataConfig, TokenDataset
-from rwkv_nb.model import fused, products
+from rwkv_nb.model import by_hand, elementwise, products
 from rwkv_nb.model.loss import next_token_loss
 from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.training.config import TrainConfig
@@ -95,9 +95,16 @@ def config_of(size: Size, precision: str = "fp32", **flags) -> TrainConfig:
 
 
 @contextlib.contextmanager
+def by_parts():
+    """Within: no layer is one node, so that a profiler sees its parts."""
+    with mock.patch.object(by_hand, "suits", lambda *_: None):
+        yield
+
+
+@contextlib.contextmanager
 def by_definition():
     """Within: no part of a layer is fused, and every product is PyTorch's."""
-    with mock.patch.object(fused, "_library", lambda: None), mock.patch.object(products, "onednn", lambda: False):
+    with mock.patch.object(elementwise, "library", lambda: None), mock.patch.object(products, "onednn", lambda: False):
         yield
 
 

@@ -215,15 +215,16 @@ template <class W, class X> void normed_gate_backward(const Shape& s, const Norm
         for (int64_t at = (b * s.T + first) * s.D; at < (b * s.T + last) * s.D; at += N) {
             const X *y = static_cast<const X*>(a.y) + at, *g = static_cast<const X*>(a.g) + at;
             const X* gout = static_cast<const X*>(a.gout) + at;
-            X *__restrict gy = static_cast<X*>(a.gy) + at, *__restrict gg = static_cast<X*>(a.gg) + at;
+            X *__restrict gy = static_cast<X*>(a.gy) + at, *gg = static_cast<X*>(a.gg) + at;  // gg may be gout
             const int64_t channel = at % s.D;
             const W *weight = weights + channel, *bias = biases + channel;
             W *__restrict gweight = parameters + channel, *__restrict gbias = gweight + s.D;
             W mean, scale, sum = 0, product = 0;
             statistics(y, N, a.eps, mean, scale);
             INDEPENDENT for (int64_t i = 0; i < N; ++i) {
-                const W n = (W(y[i]) - mean) * scale, gate = g[i], open = sigmoid(gate), gz = W(gout[i]) * gate * open;
-                gg[i] = X(W(gout[i]) * (n * weight[i] + bias[i]) * open * (1 + gate * (1 - open)));
+                const W n = (W(y[i]) - mean) * scale, gate = g[i], open = sigmoid(gate), above = gout[i];
+                const W gz = above * gate * open;
+                gg[i] = X(above * (n * weight[i] + bias[i]) * open * (1 + gate * (1 - open)));
                 gweight[i] += gz * n;
                 gbias[i] += gz;
                 normed[i] = n;
@@ -263,7 +264,7 @@ template <class W, class X> void relu2_forward(const Shape& s, const Pointwise& 
 template <class W, class X> void relu2_backward(const Shape& s, const Pointwise& p) {
     each(s, [&](int64_t i, int64_t end) {
         const X *out = static_cast<const X*>(p.a), *gout = static_cast<const X*>(p.gout);
-        X* __restrict gx = static_cast<X*>(p.ga);
+        X* gx = static_cast<X*>(p.ga);  // may be gout
         INDEPENDENT for (; i < end; ++i) gx[i] = X(2 * std::sqrt(W(out[i])) * W(gout[i]));
     });
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rwkv_nb.wkv import wkv5
 
-from . import fused
+from . import by_hand, fused
 from .config import ModelConfig
 from .products import Linear
 
@@ -48,6 +48,9 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, x_prev: Tensor, wkv_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D), wkv_state (B, H, N, N) -> out (B, T, D) and the two states after it."""
+        if (format := by_hand.suits(self, x, x_prev)) is not None:  # the same, as one node of autograd
+            out, wkv_state = by_hand.time_mix(self, format, x, x_prev, wkv_state)
+            return out, x[:, -1].clone(), wkv_state
         B, T, _ = x.shape
         mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g
         xk, xv, xr, xg = fused.mix(x, x_prev, *mixes)  # four times (B, T, D)
@@ -71,6 +74,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, x_prev: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D) -> out (B, T, D) and the state after it."""
+        if (format := by_hand.suits(self, x, x_prev)) is not None:  # the same, as one node of autograd
+            return by_hand.channel_mix(self, format, x, x_prev), x[:, -1].clone()
         xk, xr = fused.mix(x, x_prev, self.time_mix_k, self.time_mix_r)  # twice (B, T, D)
         k = fused.relu2_(self.key(xk))  # (B, T, F)
         return fused.gate(self.receptance(xr), self.value(k), x.dtype), x[:, -1].clone()

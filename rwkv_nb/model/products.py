@@ -1,7 +1,8 @@
 """Matrix products of the layers in training: x W^T and its two gradients, each by the library that is quicker at it.
 
-    Linear        nn.Linear without a bias: what the layers use
-    onednn()      whether float32 products of a training step take oneDNN here
+    Linear                                        nn.Linear without a bias: what the layers use
+    multiply, gradient_by_x, gradient_by_weight   its product and derivatives, for those who differentiate by hand
+    onednn()                                      whether float32 products of a training step take oneDNN here
 
 PyTorch multiplies float32 matrices on a processor with Intel's MKL, and bfloat16 ones with oneDNN. On AMD's processors
 with AVX-512, oneDNN is 5 to 10 % quicker for x W^T and for the gradient by x, slower for the gradient by W; measured by
@@ -32,13 +33,14 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight) if _suits(x, self.weight) else F.linear(x, self.weight)
+        quick = torch.is_grad_enabled() and suits(x, self.weight)
+        return _Product.apply(x, self.weight) if quick else F.linear(x, self.weight)
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies these two, in training."""
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and type(x) in (Tensor, nn.Parameter)
@@ -58,9 +60,28 @@ def onednn() -> bool:
     return bool(has.get("avx512_f", False)) and "amd" in str(has.get("cpu_name", "")).lower()
 
 
+def multiply(x: Tensor, weight: Tensor, by_onednn: bool) -> Tensor:
+    """x W^T (..., N) of x (..., K), without autograd; by_onednn: what `suits` said."""
+    return _multiply(x, weight) if by_onednn else F.linear(x, weight)
+
+
+def gradient_by_x(g: Tensor, weight: Tensor, by_onednn: bool) -> Tensor:
+    """(..., K), from the gradient g (..., N) by the product."""
+    return _multiply(g, weight.T) if by_onednn else g @ weight
+
+
+def gradient_by_weight(g: Tensor, x: Tensor) -> Tensor:
+    """(N, K), from the gradient g (..., N) by the product."""
+    return g.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+@functools.cache
+def _operator() -> torch._ops.OpOverload:
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, x (..., K)."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return _operator()(x, weight, None, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -73,6 +94,5 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        gx = _multiply(g, weight.T) if ctx.needs_input_grad[0] else None
-        gweight = g.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return gx, gweight
+        gx = gradient_by_x(g, weight, True) if ctx.needs_input_grad[0] else None
+        return gx, gradient_by_weight(g, x) if ctx.needs_input_grad[1] else None

@@ -68,7 +68,7 @@ def wkv5(
             does where kernels were compiled and do not run.
     """
     _check(r, k, v, w, u, state)
-    B, T, H, N = r.shape
+    T = r.shape[1]
     dtype = working_dtype(r)
     state = None if state is None else state.to(dtype)
     w, u = w.to(dtype), u.to(dtype)
@@ -81,7 +81,7 @@ def wkv5(
         with plain, nullcontext() if torch.compiler.is_compiling() else exact_products():
             return wkv5_reference(r, k, v, w, u, state)
     if backend == "auto":
-        backend = "chunked" if r.numel() > MAX_NUMBERS else _choose(r.device, r.dtype, N)
+        backend = best_backend(r)
     else:
         _can(backend, r)
     return apply(r, k, v, w, u, state, backend)
@@ -132,6 +132,11 @@ def _can(backend: str, r: Tensor) -> None:
         raise ValueError(f"wkv5: r of shape {tuple(r.shape)}: {reason}; use chunked")
     if reason := BACKENDS[backend].why_not(r.device):
         raise ValueError(f"wkv5: backend {backend!r} is not available: {reason}")
+
+
+def best_backend(r: Tensor) -> str:
+    """The backend that "auto" takes for r (B, T, H, N) with T > 1."""
+    return "chunked" if r.numel() > MAX_NUMBERS else _choose(r.device, r.dtype, r.shape[-1])
 
 
 @torch.compiler.assume_constant_result

@@ -59,15 +59,18 @@ def check_numbers(w: Tensor) -> None:
         raise ValueError(f"wkv5: w, of shape {tuple(w.shape)}, holds NaN; expected the raw time_decay, finite numbers")
 
 
-@torch.library.custom_op("rwkv_nb::wkv5", mutates_args=())
-def _forward(
+def run_forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, backend: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and what `run_backward` needs (if keep): what the operator does, without autograd."""
     check_numbers(w)
     saved = w.new_empty(_saved_shape(r, backend) if keep else (0,))
     with torch.autocast(r.device.type, enabled=False), _exact(backend):  # else factors of products would be rounded
         y, last = BACKENDS[backend].forward(r, k, v, w.clamp(max=LARGEST_W), u, state, saved if keep else None)
     return y, state.clone() if last is state else last, saved
+
+
+_forward = torch.library.custom_op("rwkv_nb::wkv5", run_forward, mutates_args=())
 
 
 @_forward.register_fake
@@ -76,16 +79,19 @@ def _(r, k, v, w, u, state, backend, keep):
     return torch.empty_like(r), w.new_empty(B, H, N, N), w.new_empty(_saved_shape(r, backend) if keep else (0,))
 
 
-@torch.library.custom_op("rwkv_nb::wkv5_backward", mutates_args=())
-def _backward(
+def run_backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, saved: Tensor, gy: Tensor,
     glast: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of r, k, v, w, u and state; glast, that of the last state, may be None."""
     with torch.autocast(r.device.type, enabled=False), _exact(backend):  # wherever backward is called from
         glast = None if glast is None else glast.contiguous()
         w = w.clamp(max=LARGEST_W)
         grads = BACKENDS[backend].backward(r, k, v, w, u, state, saved, gy.contiguous(), glast)
     return tuple(g.clone() if g is glast else g for g in grads)
+
+
+_backward = torch.library.custom_op("rwkv_nb::wkv5_backward", run_backward, mutates_args=())
 
 
 @_backward.register_fake

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_nb.model import fused
+from rwkv_nb.model import elementwise
 from rwkv_nb.model import loss as loss_module
 from rwkv_nb.model.config import ModelConfig
 from rwkv_nb.model.loss import head_loss, l2wrap_cross_entropy, masked_cross_entropy, next_token_loss
@@ -94,7 +94,7 @@ def slices(request, monkeypatch):
 @pytest.fixture(params=["kernel", "plain"])
 def softmax(request, monkeypatch):
     if request.param == "plain":
-        monkeypatch.setattr(fused, "_library", lambda: None)
+        monkeypatch.setattr(elementwise, "library", lambda: None)
 
 
 @pytest.mark.usefixtures("slices", "softmax")

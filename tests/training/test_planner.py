@@ -97,7 +97,7 @@ def test_states_are_those_of_real_tensors():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_what_autograd_keeps(precision, fused, monkeypatch):
     if not fused:  # as on a GPU: every part by its definition
-        monkeypatch.setattr("rwkv_nb.model.fused._format", lambda *_: None)
+        monkeypatch.setattr("rwkv_nb.model.elementwise.kernel_format", lambda *_: None)
     elif cpu.why_not():
         pytest.skip("NO COMPILER: nothing is fused")
 
