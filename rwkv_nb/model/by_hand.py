@@ -53,16 +53,16 @@ def time_mix(layer: nn.Module, format: int, x: Tensor, x_prev: Tensor, state: Te
     products = layer.key, layer.value, layer.receptance, layer.gate, layer.output
     others = layer.time_decay, layer.time_faaaa, layer.ln_x.weight, layer.ln_x.bias
     weights = (product.weight for product in products)
-    return TimeMixNode.apply(format, layer.eps, x, x_prev, state, *mixes, *weights, *others)
+    return _TimeMix.apply(format, layer.eps, x, x_prev, state, *mixes, *weights, *others)
 
 
 def channel_mix(layer: nn.Module, format: int, x: Tensor, x_prev: Tensor) -> Tensor:
     """x (B, T, D), x_prev (B, D) -> out (B, T, D)."""
     weights = layer.key.weight, layer.receptance.weight, layer.value.weight
-    return ChannelMixNode.apply(format, x, x_prev, layer.time_mix_k, layer.time_mix_r, *weights)
+    return _ChannelMix.apply(format, x, x_prev, layer.time_mix_k, layer.time_mix_r, *weights)
 
 
-class TimeMixNode(torch.autograd.Function):
+class _TimeMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, format, eps, x, x_prev, state, mk, mv, mr, mg, Wk, Wv, Wr, Wg, Wo, w, u, weight, bias):
         by_onednn, narrow = products.suits(x, Wk), elementwise.narrow_dtype(format, x)
@@ -95,18 +95,18 @@ class TimeMixNode(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         gout = torch.zeros_like(x, dtype=z.dtype) if gout is None else gout.contiguous()
         wanted = ctx.needs_input_grad[9:14]
-        gz, gWo = gradients_of_product(ctx, gout, Wo, z, wanted[4])
+        gz, gWo = _gradients(ctx, gout, Wo, z, wanted[4])
         gy, gg, gweight, gbias = elementwise.normed_gate_backward_(ctx.format, y, g, weight, bias, ctx.eps, gz)
         gr, gk, gv, gw, gu, gstate = operator.run_backward(r, k, v, w, u, state, kept, gy, glast, ctx.backend)
-        gxk, gWk = gradients_of_product(ctx, gk.view_as(g), Wk, xk, wanted[0])  # (B, T, D), (A, D)
-        gxv, gWv = gradients_of_product(ctx, gv.view_as(g), Wv, xv, wanted[1])
-        gxr, gWr = gradients_of_product(ctx, gr.view_as(g), Wr, xr, wanted[2])
-        gxg, gWg = gradients_of_product(ctx, gg, Wg, xg, wanted[3])
+        gxk, gWk = _gradients(ctx, gk.view_as(g), Wk, xk, wanted[0])  # (B, T, D), (A, D)
+        gxv, gWv = _gradients(ctx, gv.view_as(g), Wv, xv, wanted[1])
+        gxr, gWr = _gradients(ctx, gr.view_as(g), Wr, xr, wanted[2])
+        gxg, gWg = _gradients(ctx, gg, Wg, xg, wanted[3])
         gx, gbefore, gmixes = elementwise.mix_backward(ctx.format, x, before, (mk, mv, mr, mg), (gxk, gxv, gxr, gxg))
         return None, None, gx, gbefore, gstate, *gmixes, gWk, gWv, gWr, gWg, gWo, gw, gu, gweight, gbias
 
 
-class ChannelMixNode(torch.autograd.Function):
+class _ChannelMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, format, x, x_prev, mk, mr, Wk, Wr, Wv):
         by_onednn, narrow = products.suits(x, Wk), elementwise.narrow_dtype(format, x)
@@ -125,15 +125,15 @@ class ChannelMixNode(torch.autograd.Function):
         x, before, mk, mr, Wk, Wr, Wv, xk, xr, k, r, v = ctx.saved_tensors
         gr, gv = elementwise.gate_backward(ctx.format, r, v, gout.contiguous())
         want_k, want_r, want_v = ctx.needs_input_grad[5:]
-        gk, gWv = gradients_of_product(ctx, gv, Wv, k, want_v)
+        gk, gWv = _gradients(ctx, gv, Wv, k, want_v)
         gk = elementwise.relu2_backward_(ctx.format, k, gk)  # (B, T, F)
-        gxk, gWk = gradients_of_product(ctx, gk, Wk, xk, want_k)
-        gxr, gWr = gradients_of_product(ctx, gr, Wr, xr, want_r)
+        gxk, gWk = _gradients(ctx, gk, Wk, xk, want_k)
+        gxr, gWr = _gradients(ctx, gr, Wr, xr, want_r)
         gx, gbefore, gmixes = elementwise.mix_backward(ctx.format, x, before, (mk, mr), (gxk, gxr))
         return None, gx, gbefore, *gmixes, gWk, gWr, gWv
 
 
-def gradients_of_product(ctx, g: Tensor, weight: Tensor, x: Tensor, want: bool) -> tuple[Tensor, Tensor | None]:
+def _gradients(ctx, g: Tensor, weight: Tensor, x: Tensor, want: bool) -> tuple[Tensor, Tensor | None]:
     """Of a product, by x and, if wanted, by the weight; one after the other, while g is in the caches."""
     gweight = gradient_by_weight(g, x) if want else None  # autograd turns it into the parameter's format
     return gradient_by_x(g, weight, ctx.by_onednn), gweight

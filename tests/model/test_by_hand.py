@@ -53,7 +53,7 @@ def nodes(out):
 
 
 def by_hand_here(layer, inputs):
-    return any(name in nodes(layer(*inputs)[0]) for name in ("TimeMixNodeBackward", "ChannelMixNodeBackward"))
+    return any(name in nodes(layer(*inputs)[0]) for name in ("_TimeMixBackward", "_ChannelMixBackward"))
 
 
 def bfloat16():
