@@ -1,8 +1,8 @@
 """Both layers with their gradients written out: in training on a processor, one node of autograd for each layer.
 
-    suits          whether a layer can go this way, and in which number format
     time_mix       TimeMix.forward, from x to the output and the WKV state
     channel_mix    ChannelMix.forward, from x to the output
+    suits          whether a layer can go this way, and in which number format
 
 `layers.py` says what a layer computes, and autograd derives it there from eight nodes, or six. Here the same functions
 run in the same order, and the chain rule is applied by hand, from the output back to x. What is saved is the time
@@ -16,6 +16,8 @@ listened to (hooks) or were exchanged goes by its parts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -26,18 +28,35 @@ from . import elementwise, products
 from .products import Linear, gradient_by_weight, gradient_by_x, multiply
 
 
-def suits(layer: nn.Module, x: Tensor, x_prev: Tensor) -> int | None:
-    """The kernel's number for the formats of x and its products, or None: the layer must go by its parts."""
+def time_mix(layer: nn.Module, x: Tensor, x_prev: Tensor, state: Tensor) -> tuple[Tensor, Tensor] | None:
+    """x (B, T, D), x_prev (B, D), state (B, H, N, N) -> out (B, T, D), the state after the last step.
+
+    None: the layer must go by its parts.
+    """
+    tensors = (
+        layer.time_mix_k, layer.time_mix_v, layer.time_mix_r, layer.time_mix_g,
+        layer.key.weight, layer.value.weight, layer.receptance.weight, layer.gate.weight, layer.output.weight,
+        layer.time_decay, layer.time_faaaa, layer.ln_x.weight, layer.ln_x.bias,
+    )  # fmt: skip
+    format = suits(layer, x, x_prev, tensors)
+    return None if format is None else _TimeMix.apply(format, layer.eps, x, x_prev, state, *tensors)
+
+
+def channel_mix(layer: nn.Module, x: Tensor, x_prev: Tensor) -> Tensor | None:
+    """x (B, T, D), x_prev (B, D) -> out (B, T, D); None: the layer must go by its parts."""
+    weights = layer.key.weight, layer.receptance.weight, layer.value.weight
+    tensors = layer.time_mix_k, layer.time_mix_r, *weights
+    format = suits(layer, x, x_prev, tensors)
+    return None if format is None else _ChannelMix.apply(format, x, x_prev, *tensors)
+
+
+def suits(layer: nn.Module, x: Tensor, x_prev: Tensor, tensors: Sequence[Tensor]) -> int | None:
+    """The kernel's number for the formats of x and its products; None: this layer with these weights cannot."""
     if not torch.is_grad_enabled() or x.dim() != 3 or nn.modules.module._has_any_global_hook():
         return None
-    parameters = list(layer._parameters.values())
-    for part in layer._modules.values():
-        if not _untouched(part):
-            return None
-        parameters += (p for p in part._parameters.values() if p is not None)
-    if any(p.dtype != x.dtype for p in parameters):
+    if not all(_untouched(part) for part in layer.children()) or any(t.dtype != x.dtype for t in tensors):
         return None
-    return elementwise.kernel_format(x.dtype, elementwise.narrow_of(x), x, x_prev, *parameters)
+    return elementwise.kernel_format(x.dtype, elementwise.narrow_of(x), x, x_prev, *tensors)
 
 
 def _untouched(part: nn.Module) -> bool:
@@ -45,21 +64,6 @@ def _untouched(part: nn.Module) -> bool:
     return type(part) in (Linear, nn.GroupNorm) and "forward" not in vars(part) and not (
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
     )  # fmt: skip
-
-
-def time_mix(layer: nn.Module, format: int, x: Tensor, x_prev: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """x (B, T, D), x_prev (B, D), state (B, H, N, N) -> out (B, T, D), the state after the last step."""
-    mixes = layer.time_mix_k, layer.time_mix_v, layer.time_mix_r, layer.time_mix_g
-    products = layer.key, layer.value, layer.receptance, layer.gate, layer.output
-    others = layer.time_decay, layer.time_faaaa, layer.ln_x.weight, layer.ln_x.bias
-    weights = (product.weight for product in products)
-    return _TimeMix.apply(format, layer.eps, x, x_prev, state, *mixes, *weights, *others)
-
-
-def channel_mix(layer: nn.Module, format: int, x: Tensor, x_prev: Tensor) -> Tensor:
-    """x (B, T, D), x_prev (B, D) -> out (B, T, D)."""
-    weights = layer.key.weight, layer.receptance.weight, layer.value.weight
-    return _ChannelMix.apply(format, x, x_prev, layer.time_mix_k, layer.time_mix_r, *weights)
 
 
 class _TimeMix(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
     mix           token shift and all its mixes          x (B, T, D) -> one (B, T, D) for each time_mix
     normed_gate   the end of time mixing                 norm(y) silu(g)
-    relu2_        the middle of channel mixing           max(x, 0)^2, in the place of x
+    relu2         the middle of channel mixing           max(x, 0)^2
     gate          the end of channel mixing              sigmoid(r) v
     softmax_      the loss                               see there
 
@@ -43,7 +43,7 @@ def plain_normed_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: f
     return torch.addcmul(bias.to(y.dtype), y.flatten(2), weight.to(y.dtype)) * F.silu(g)
 
 
-def plain_relu2_(x: Tensor) -> Tensor:
+def plain_relu2(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
@@ -81,10 +81,10 @@ def normed_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) 
     return _NormedGate.apply(format, y, g, weight, bias, eps)
 
 
-def relu2_(x: Tensor) -> Tensor:
-    """max(x, 0)^2 of what nobody else needs: x, the result of a product, may be lost."""
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2."""
     format = elementwise.kernel_format(torch.promote_types(x.dtype, torch.float32), x.dtype, x)
-    return plain_relu2_(x) if format is None or not x.is_contiguous() else _Relu2.apply(format, x)
+    return plain_relu2(x) if format is None else _Relu2.apply(format, x)
 
 
 def gate(r: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -106,9 +106,9 @@ def softmax_(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, 
 # ---- one node of autograd each
 
 
-def _own(gout: Tensor) -> Tensor:
+def _own(x: Tensor) -> Tensor:
     """A copy, which may be overwritten."""
-    return gout.clone(memory_format=torch.contiguous_format)
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class _Mix(torch.autograd.Function):
@@ -144,10 +144,10 @@ class _NormedGate(torch.autograd.Function):
 class _Relu2(torch.autograd.Function):
     @staticmethod
     def forward(ctx, format, x):
-        ctx.mark_dirty(elementwise.relu2_forward_(format, x))
-        ctx.save_for_backward(x)
+        out = elementwise.relu2_forward_(format, _own(x))
+        ctx.save_for_backward(out)
         ctx.format = format
-        return x
+        return out
 
     @staticmethod
     @once_differentiable

@@ -48,9 +48,8 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, x_prev: Tensor, wkv_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D), wkv_state (B, H, N, N) -> out (B, T, D) and the two states after it."""
-        if (format := by_hand.suits(self, x, x_prev)) is not None:  # the same, as one node of autograd
-            out, wkv_state = by_hand.time_mix(self, format, x, x_prev, wkv_state)
-            return out, x[:, -1].clone(), wkv_state
+        if made := by_hand.time_mix(self, x, x_prev, wkv_state):  # the same, as one node of autograd
+            return made[0], x[:, -1].clone(), made[1]
         B, T, _ = x.shape
         mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g
         xk, xv, xr, xg = fused.mix(x, x_prev, *mixes)  # four times (B, T, D)
@@ -74,8 +73,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, x_prev: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D), x_prev (B, D) -> out (B, T, D) and the state after it."""
-        if (format := by_hand.suits(self, x, x_prev)) is not None:  # the same, as one node of autograd
-            return by_hand.channel_mix(self, format, x, x_prev), x[:, -1].clone()
+        if (out := by_hand.channel_mix(self, x, x_prev)) is not None:  # the same, as one node of autograd
+            return out, x[:, -1].clone()
         xk, xr = fused.mix(x, x_prev, self.time_mix_k, self.time_mix_r)  # twice (B, T, D)
-        k = fused.relu2_(self.key(xk))  # (B, T, F)
+        k = fused.relu2(self.key(xk))  # (B, T, F)
         return fused.gate(self.receptance(xr), self.value(k), x.dtype), x[:, -1].clone()

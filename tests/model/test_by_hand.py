@@ -56,6 +56,10 @@ def by_hand_here(layer, inputs):
     return any(name in nodes(layer(*inputs)[0]) for name in ("_TimeMixBackward", "_ChannelMixBackward"))
 
 
+def suits(layer, x, before):
+    return by_hand.suits(layer, x, before, tuple(layer.parameters()))
+
+
 def bfloat16():
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
@@ -186,37 +190,60 @@ def replaced_method(layer):
     layer.key.forward = layer.key.forward
 
 
-def narrow(layer):
-    layer.key.weight.data = layer.key.weight.data.bfloat16()
+def mixes_in_bfloat16(layer):
+    layer.time_mix_k.data = layer.time_mix_k.data.bfloat16()
 
 
-@pytest.mark.parametrize("change", [exchanged, listened_to, prepared, watched_backwards, replaced_method, narrow])
+def mixes_as_fsdp_has_them(layer):
+    """In bfloat16, and no parameters: views into one long vector."""
+    view = layer.time_mix_k.data.bfloat16()
+    del layer.time_mix_k
+    layer.time_mix_k = view
+
+
+CHANGES = [
+    exchanged, listened_to, prepared, watched_backwards, replaced_method, mixes_in_bfloat16, mixes_as_fsdp_has_them,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_that_was_changed_goes_by_its_parts(name, change):
     layer, inputs = layer_and_inputs(name)
-    assert by_hand.suits(layer, *inputs[:2]) == 0
+    assert suits(layer, *inputs[:2]) == 0 and by_hand_here(layer, inputs)
     change(layer)
-    assert by_hand.suits(layer, *inputs[:2]) is None
+    assert not by_hand_here(layer, inputs)
+
+
+def test_a_listener_keeps_what_it_heard():
+    """Nothing is written in the place of what a part returned."""
+    layer, inputs = layer_and_inputs("channel_mix")
+    heard = []
+    layer.key.register_forward_hook(lambda _, given, made: heard.append((given[0], made)))
+    layer(*inputs)
+    (given, made), = heard
+    torch.testing.assert_close(made, given @ layer.key.weight.T)
+    assert (made < 0).any()
 
 
 def test_where_a_layer_goes_by_its_parts(monkeypatch):
     layer, (x, before, _) = layer_and_inputs("time_mix")
     with bfloat16():
-        assert by_hand.suits(layer, x, before) == 2
+        assert suits(layer, x, before) == 2
     with torch.autocast("cpu", torch.float16):
-        assert by_hand.suits(layer, x, before) is None
+        assert suits(layer, x, before) is None
     with torch.no_grad():  # without gradients nothing is kept
-        assert by_hand.suits(layer, x, before) is None
-    assert by_hand.suits(layer, x[:, :1], before) is None  # a step of generation
-    assert by_hand.suits(layer, x.to("meta"), before) is None
+        assert suits(layer, x, before) is None
+    assert suits(layer, x[:, :1], before) is None  # a step of generation
+    assert suits(layer, x.to("meta"), before) is None
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert by_hand.suits(layer, x, before) is None
+        assert suits(layer, x, before) is None
     finally:
         handle.remove()
-    assert by_hand.suits(layer, x, before) == 0
+    assert suits(layer, x, before) == 0
     monkeypatch.setattr(elementwise, "library", lambda: None)  # no compiler
-    assert by_hand.suits(layer, x, before) is None
+    assert suits(layer, x, before) is None
 
 
 def test_under_torch_compile():
