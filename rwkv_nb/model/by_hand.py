@@ -1,8 +1,8 @@
 """Both layers with their gradients written out: in training on a processor, one node of autograd for each layer.
 
-    time_mix       TimeMix.forward, from x to the output and the WKV state
-    channel_mix    ChannelMix.forward, from x to the output
-    suits          whether a layer can go this way, and in which number format
+    time_mix                TimeMix.forward, from x to the output and the WKV state
+    channel_mix             ChannelMix.forward, from x to the output
+    suits, number_format    whether a layer can go this way, and in which format of numbers
 
 `layers.py` says what a layer computes, and autograd derives it there from eight nodes, or six. Here the same functions
 run in the same order, and the chain rule is applied by hand, from the output back to x. What is saved is the time
@@ -33,28 +33,37 @@ def time_mix(layer: nn.Module, x: Tensor, x_prev: Tensor, state: Tensor) -> tupl
 
     None: the layer must go by its parts.
     """
+    if not suits(layer, x):
+        return None
     tensors = (
         layer.time_mix_k, layer.time_mix_v, layer.time_mix_r, layer.time_mix_g,
         layer.key.weight, layer.value.weight, layer.receptance.weight, layer.gate.weight, layer.output.weight,
         layer.time_decay, layer.time_faaaa, layer.ln_x.weight, layer.ln_x.bias,
     )  # fmt: skip
-    format = suits(layer, x, x_prev, tensors)
+    format = number_format(x, x_prev, tensors)
     return None if format is None else _TimeMix.apply(format, layer.eps, x, x_prev, state, *tensors)
 
 
 def channel_mix(layer: nn.Module, x: Tensor, x_prev: Tensor) -> Tensor | None:
     """x (B, T, D), x_prev (B, D) -> out (B, T, D); None: the layer must go by its parts."""
+    if not suits(layer, x):
+        return None
     weights = layer.key.weight, layer.receptance.weight, layer.value.weight
     tensors = layer.time_mix_k, layer.time_mix_r, *weights
-    format = suits(layer, x, x_prev, tensors)
+    format = number_format(x, x_prev, tensors)
     return None if format is None else _ChannelMix.apply(format, x, x_prev, *tensors)
 
 
-def suits(layer: nn.Module, x: Tensor, x_prev: Tensor, tensors: Sequence[Tensor]) -> int | None:
-    """The kernel's number for the formats of x and its products; None: this layer with these weights cannot."""
+def suits(layer: nn.Module, x: Tensor) -> bool:
+    """Whether this is training, and nobody would notice that the layer's parts are not called."""
     if not torch.is_grad_enabled() or x.dim() != 3 or nn.modules.module._has_any_global_hook():
-        return None
-    if not all(_untouched(part) for part in layer.children()) or any(t.dtype != x.dtype for t in tensors):
+        return False
+    return all(_untouched(part) for part in layer.children())
+
+
+def number_format(x: Tensor, x_prev: Tensor, tensors: Sequence[Tensor]) -> int | None:
+    """The kernel's number for the formats of x and of its products; None: it cannot do it with these weights."""
+    if any(t.dtype != x.dtype for t in tensors):
         return None
     return elementwise.kernel_format(x.dtype, elementwise.narrow_of(x), x, x_prev, *tensors)
 

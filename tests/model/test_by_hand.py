@@ -57,7 +57,8 @@ def by_hand_here(layer, inputs):
 
 
 def suits(layer, x, before):
-    return by_hand.suits(layer, x, before, tuple(layer.parameters()))
+    """The number of the format in which the layer goes by hand, or None."""
+    return by_hand.number_format(x, before, tuple(layer.parameters())) if by_hand.suits(layer, x) else None
 
 
 def bfloat16():
@@ -76,7 +77,7 @@ def test_the_same_bits_as_by_parts(name, format, onednn, monkeypatch):
     with around():
         assert by_hand_here(layer, inputs)
     got = results(layer, inputs, around)
-    monkeypatch.setattr(by_hand, "suits", lambda *_: None)
+    monkeypatch.setattr(by_hand, "suits", lambda *_: False)
     with around():
         assert not by_hand_here(layer, inputs)
     for a, b in zip(got, results(layer, inputs, around), strict=True):
@@ -174,6 +175,11 @@ def exchanged(layer):
     layer.key = nn.Linear(D, layer.key.out_features, bias=False)
 
 
+def without_a_weight(layer):
+    """As an engine has it that keeps its weights packed."""
+    layer.key = nn.Sequential(nn.Linear(D, layer.key.out_features, bias=False))
+
+
 def listened_to(layer):
     layer.value.register_forward_hook(lambda *_: None)
 
@@ -202,7 +208,8 @@ def mixes_as_fsdp_has_them(layer):
 
 
 CHANGES = [
-    exchanged, listened_to, prepared, watched_backwards, replaced_method, mixes_in_bfloat16, mixes_as_fsdp_has_them,
+    exchanged, without_a_weight, listened_to, prepared, watched_backwards, replaced_method, mixes_in_bfloat16,
+    mixes_as_fsdp_has_them,
 ]  # fmt: skip
 
 
