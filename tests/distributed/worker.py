@@ -3,7 +3,8 @@
     python worker.py SETTINGS.json
 settings: "flags" of TrainConfig; "out", a folder for rank-R.json; optionally "max_seconds" (of process 0 alone: the
 others have no clock), "other": flags of the others that differ, "signal" [rank, batch, number, who]: that process
-signals itself or the first, "fail" [rank, batch]: that process raises, "slow": seconds that each batch takes at least.
+signals itself or the first, "fail" [rank, batch]: that process raises, "slow": seconds that each batch takes at least,
+"clip" and "l2wrap" in place of the trainer's own.
 """
 
 import json
@@ -16,8 +17,11 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
+from rwkv_nb.model import loss
+from rwkv_nb.training import trainer
 from rwkv_nb.training.config import TrainConfig
-from rwkv_nb.training.trainer import train
+
+CLIP, L2WRAP = trainer.GRAD_CLIP, loss.L2WRAP
 
 
 class Spy(pl.Callback):
@@ -57,7 +61,9 @@ def main() -> None:
         first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
         seconds = settings.get("max_seconds") if first else settings.get("max_seconds") and 1e9
         flags = settings["flags"] | ({} if first else settings.get("other", {}))
-        train(TrainConfig(**flags), callbacks=[Spy(settings)], max_seconds=seconds)
+        trainer.GRAD_CLIP = settings.get("clip", CLIP)
+        loss.L2WRAP = settings.get("l2wrap", L2WRAP)
+        trainer.train(TrainConfig(**flags), callbacks=[Spy(settings)], max_seconds=seconds)
 
 
 if __name__ == "__main__":

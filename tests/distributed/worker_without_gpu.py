@@ -23,7 +23,7 @@ from pytorch_lightning.plugins.precision import DeepSpeedPrecision, FSDPPrecisio
 from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from rwkv_nb.model import elementwise, loss
+from rwkv_nb.model import elementwise
 from rwkv_nb.training import rules, trainer
 
 
@@ -166,8 +166,6 @@ if __name__ == "__main__":
         MOST = watch_whole()
         trainer.MixedPrecision = half_precision
     watch_patience(MOST)
-    trainer.GRAD_CLIP = SETTINGS.get("clip", trainer.GRAD_CLIP)
-    loss.L2WRAP = SETTINGS.get("l2wrap", loss.L2WRAP)
     elementwise.kernel_format = lambda *tensors: None  # the definitions in plain PyTorch, which run on a GPU
     others = rules._others
     rules._others = lambda c: [rule for rule in others(c) if "needs GPUs" not in rule[1]]
