@@ -37,7 +37,7 @@
 // number of instructions: each of a block's 4 warps issues some 440 a chunk for y, 680 for gv, 550 for gk, 960 for gr
 // and gw, a fifth to a third more for fast decays; and a processor has four blocks: hence registers for four times 128
 // threads (three times where X is kept).
-// Launch: grid B H, block 2 N; compute capability 8.0 or newer; any T; r.numel() < 2^31; arrays aligned to 16 bytes.
+// Launch: grid B H, block 2 N; compute capability 8.0 or newer; T > 0; r.numel() < 2^31; arrays aligned to 16 bytes.
 // Sources: as wkv5_cuda.cu; chunks for decays of a channel: "Gated Linear Attention" (arXiv 2312.06635).
 #include "wkv5_cuda.cu"  // Decay, and the sum over the batch
 #include "wkv5_tiles.h"   // products of tiles, and how numbers come to them
@@ -130,26 +130,38 @@ __device__ inline Decay decay_over(int steps, float log_d) {
     return {value, value > 0.5f ? (1 - value) + expm1f(steps * log_d) : 0};
 }
 
-// A thread a channel; i: its place in w and u. far + far_rest = d^16. Powers: d^-8 to d^8, in rows of ROW numbers.
+// The same in one number, which costs one reading of shared memory: d^steps, or, above a half, d^steps - 1, below zero
+// even where it rounds to nothing.
+__device__ inline float decay_or_loss(int steps, float log_d) {
+    const float value = expf(steps * log_d);
+    return value > 0.5f ? fminf(expm1f(steps * log_d), -1e-37f) : value;
+}
+__device__ inline float decayed(float d, float x, float fresh) {  // d^steps x + fresh
+    return fmaf(d < 0 ? 1 : 0, x, fmaf(d, x, fresh));
+}
+
+// A thread a channel; i: its place in w and u. Powers: d^-8 to d^8, in rows of ROW numbers.
 template <int N, int ROW>
-__device__ inline void fill_tables(Shared<float> powers, Shared<float> log_d, Shared<float> bonus, Shared<float> far,
-                                   Shared<float> far_rest, Global<const float> w, Global<const float> u, int i) {
+__device__ inline void fill_tables(Shared<float> powers, Shared<float> log_d, Shared<float> bonus, Global<const float> w,
+                                   Global<const float> u, int i) {
     const int j = threadIdx.x;
     if (j >= N) return;
     const float log = -expf(w[i + j]);
     // d^-8 of fast decays is infinite: nobody reads it then
     for (int e = -8; e <= 8; e++) powers[(8 + e) * ROW + j] = e ? expf(e * log) : 1;  // log may be infinite
-    const Decay d = decay_over(L, log);
     log_d[j] = log;
     bonus[j] = u[i + j];
-    far[j] = d.value;
-    far_rest[j] = d.rest;
+}
+// The decay over so many steps, by the thread that has filled the channel's tables.
+template <int N> __device__ inline void fill_decay(Shared<float> far, Shared<float> log_d, int steps) {
+    const int j = threadIdx.x;
+    if (j < N) far[j] = decay_or_loss(steps, log_d[j]);
 }
 template <int N>
-__device__ inline void fill_one_step(Shared<float> far, Shared<float> far_rest, Shared<float> log_d) {
+__device__ inline void fill_decay(Shared<float> far, Shared<float> far_rest, Shared<float> log_d, int steps) {
     const int j = threadIdx.x;
     if (j >= N) return;
-    const Decay d = decay_over(1, log_d[j]);
+    const Decay d = decay_over(steps, log_d[j]);
     far[j] = d.value;
     far_rest[j] = d.rest;
 }
@@ -188,9 +200,10 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
     SHARED(float, exchange, (2 * L + 4 + 12) * N);  // 4: gaps
     const Shared<float> r_far = exchange, k_far = r_far + L * N, parts = k_far + (L + 4) * N;
     constexpr int ROW = N + 4;  // rows t and t + 4 use other banks of the memory
-    SHARED(float, powers, 17 * ROW + 4 * N);
-    const Shared<float> log_d = powers + 17 * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
-    fill_tables<N, ROW>(powers, log_d, bonus, far, far_rest, w, u, h * N);
+    SHARED(float, powers, 17 * ROW + 3 * N);
+    const Shared<float> log_d = powers + 17 * ROW, bonus = log_d + N, far = bonus + N;
+    fill_tables<N, ROW>(powers, log_d, bonus, w, u, h * N);
+    fill_decay<N>(far, log_d, L);
     __syncthreads();  // the powers are there
     const bool slow = slow_decay(w, h * N + mine);
 
@@ -292,16 +305,16 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
         }
 
         // [values: write the state]
-        if (start + L > total) break;
+        const bool full = next <= total;  // not `break`: the compiler would load k and v after it, too late
 #pragma unroll
-        for (int m = 0; m < N / 16; m++) {
-            const Pack<float, 4> d = load<4>(far, 16 * m + 4 * q), rest = load<4>(far_rest, 16 * m + 4 * q);
+        for (int m = 0; full && m < N / 16; m++) {
+            const Pack<float, 4> d = load<4>(far, 16 * m + 4 * q);
             for (int p = 0; p < 2; p++) {
                 float fresh[4] = {};
                 product(fresh, values, shared_columns<N, true, how, float_terms<how>>(k_far, m, p));
                 for (int i = 0; i < 4; i++) {
                     float& x = S[m][p][i];
-                    x = fmaf(d[p + i % 2 * 2], x, fmaf(rest[p + i % 2 * 2], x, fresh[i]));
+                    x = decayed(d[p + i % 2 * 2], x, fresh[i]);
                 }
             }
         }
@@ -310,18 +323,18 @@ wkv5_values(int64_t steps, int heads, Global<const T> r, Global<const T> k, Glob
     // [values: the steps that fill no chunk]
     // Their y is there. The state takes them one by one.
     __syncthreads();  // all warps are done with d^16
-    fill_one_step<N>(far, far_rest, log_d);
+    fill_decay<N>(far, log_d, 1);
     __syncthreads();  // d is there
     for (int now = total / L * L; now < total; now++) {
         const Pack<T, 2> value = load<2>(v, at_q + (now - q) * step);
 #pragma unroll
         for (int m = 0; m < N / 16; m++) {
             const Pack<T, 4> key = load<4>(k, at_t + (now - t) * step + (16 * m - mine));
-            const Pack<float, 4> d = load<4>(far, 16 * m + 4 * q), rest = load<4>(far_rest, 16 * m + 4 * q);
+            const Pack<float, 4> d = load<4>(far, 16 * m + 4 * q);
             for (int i = 0; i < 8; i++) {
                 const int e = i % 4;
                 float& x = S[m][e % 2][e / 2 + i / 4 * 2];
-                x = fmaf(d[e], x, fmaf(rest[e], x, to_float(key[e]) * to_float(value[i / 4])));
+                x = decayed(d[e], x, to_float(key[e]) * to_float(value[i / 4]));
             }
         }
     }
@@ -362,7 +375,8 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
     constexpr int ROW = N + 4;
     SHARED(float, powers, 17 * ROW + 4 * N);
     const Shared<float> log_d = powers + 17 * ROW, bonus = log_d + N, far = bonus + N, far_rest = far + N;
-    fill_tables<N, ROW>(powers, log_d, bonus, far, far_rest, w, u, h * N);
+    fill_tables<N, ROW>(powers, log_d, bonus, w, u, h * N);
+    fill_decay<N>(far, far_rest, log_d, L);
     const bool slow = slow_decay(w, h * N + mine);
     // No barrier: the powers are read after the first one of a chunk.
 
@@ -553,7 +567,7 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
 
     // [keys: the steps that fill no chunk]
     __syncthreads();  // all warps are done with d^16
-    fill_one_step<N>(far, far_rest, log_d);
+    fill_decay<N>(far, far_rest, log_d, 1);
     __syncthreads();  // d is there
     const Pack<float, 2> d = load<2>(far, mine + 2 * g), rest = load<2>(far_rest, mine + 2 * g);
     for (int now = total / L * L; now < total; now++) {

@@ -88,17 +88,16 @@ template <How how, int rows> __device__ inline OfInputs<how, rows> exact(const f
 // [a lane's share of a chunk]
 // `count` steps of n channels, kept as words: the next chunk waits in registers, two bfloat16 in one.
 template <typename T, int count, int n> struct Waiting {
-    unsigned words[count][n * sizeof(T) / 4] = {};
+    unsigned words[count][n * sizeof(T) / 4];
 
-    // Steps t, t + 16 / count, ... of x, whose step t lies at i; `left` = steps from t to the end. Steps past the end
-    // leave what was there: numbers that no result depends on.
+    // Steps t, t + 16 / count, ... of x, whose step t lies at i; `left` = steps from t to the end. In place of steps past
+    // the end comes the last one: no result depends on it. To leave them out costs more: the compiler then loads to other
+    // registers, and waits for the memory right there to copy them.
     __device__ void load_from(Global<const T> x, unsigned i, unsigned step, int left) {
         for (int c = 0; c < count; c++) {
             const int later = L / count * c;
-            if (left > later) {
-                const Pack<T, n> pack = load<n>(x, i + later * step);
-                memcpy(words[c], &pack, sizeof pack);
-            }
+            const Pack<T, n> pack = load<n>(x, i + (later < left ? later : left - 1) * step);
+            memcpy(words[c], &pack, sizeof pack);
         }
     }
     __device__ float number(int c, int e) const {
