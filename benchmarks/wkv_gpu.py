@@ -139,8 +139,8 @@ def rounding_errors(ways: dict[str, Way], device: str, steps: int, heads: int) -
 
 
 def gpu_seconds(job: Callable[[], object], turns: int = 20) -> float:
-    """Median of `turns` runs by CUDA events, each after 2 GB of other numbers went through the cache: they also keep the
-    GPU busy until the processor has asked for the whole job, so that its speed is not measured."""
+    """Median of `turns` runs by CUDA events, each after 2 GB of other numbers went through the cache. They also keep
+    the GPU busy until the processor has asked for the whole job, so that its speed is not measured."""
     flush = torch.empty(2**29, device="cuda")
     times = []
     for turn in range(turns + 3):

@@ -33,10 +33,12 @@
 // time the channels 2 g and 2 g + 1 of steps q, q + 4, q + 8, q + 12: neighbours in memory. And a result is, as it lies
 // in the registers, a factor of the next product: the state is read and written without moving a number between lanes.
 //
-// Costs at B 8, T 4096, H 64, N 64, bfloat16: forward moves 1.07 GB and multiplies for about 0.1 ms. What limits is the
-// number of instructions: each of a block's 4 warps issues some 440 a chunk for y, 680 for gv, 550 for gk, 960 for gr
-// and gw, a fifth to a third more for fast decays; and a processor has four blocks: hence registers for four times 128
-// threads (three times where X is kept).
+// Costs at B 8, T 4096, H 64, N 64, bfloat16: forward moves 1.07 GB and multiplies for about 0.1 ms; an H200 takes 0.59.
+// What limits is the way between registers and the memory inside a processor, shared and global numbers together: 128
+// bytes a cycle, so that 16 bytes for each lane take four, whether lanes read the same or not. For y a warp needs 150
+// such cycles a chunk for shared memory and 64 for rows of global memory: 84 % of all. Instructions a chunk and warp: 476
+// for y, 667 for gv, 557 for gk, 969 for gr and gw, more for fast decays. A processor has four blocks: hence registers
+// for four times 128 threads (three times where X is kept).
 // Launch: grid B H, block 2 N; compute capability 8.0 or newer; T > 0; r.numel() < 2^31; arrays aligned to 16 bytes.
 // Sources: as wkv5_cuda.cu; chunks for decays of a channel: "Gated Linear Attention" (arXiv 2312.06635).
 #include "wkv5_cuda.cu"  // Decay, and the sum over the batch
@@ -434,7 +436,6 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
         const auto all_pairs = pairs_at<how>(A);
         float k_t[4][2], r_t[2][4];
         k_next.unpack(k_t);
-        if (SLOPE) r_now.load_from(r, at_t + start * step, step, total - start - t);
         if (slow) {
             // Around step 8: d^t (S g_t) + sum_s A[t, s] d^(t-1-s) k_s
             //               = d^(t-8) (d^8 (S g_t) + sum_s A[t, s] d^(7-s) k_s)
@@ -512,6 +513,7 @@ wkv5_keys(int64_t steps, int heads, Global<const T> r, Global<const T> k, Global
         }
 
         // [keys: the step itself]
+        if (SLOPE) r_now.load_from(r, at_t + start * step, step, total - start - t);
         float own[2][4] = {};  // k_t (v_t . g_t)
         const bool diagonal[2] = {levels[0] == 0, levels[1] == 0};
         const auto same = chosen<how>(A, all_pairs, diagonal, false);

@@ -1,5 +1,7 @@
-"""The model on a GPU, where its layers go by the definitions in plain PyTorch and WKV-5 by the CUDA kernels: loss, state
-and every gradient, for each option, against the same model in float64 on a processor."""
+"""The model on a GPU: loss, state and every gradient, for each option, against the same in float64 on a processor.
+
+Its layers go by the definitions in plain PyTorch there, and WKV-5 by the CUDA kernels.
+"""
 
 import pytest
 import torch

@@ -75,8 +75,8 @@ def test_gradients_in_bfloat16_are_those_of_float_sums_rounded(w):
             assert off.max() < 2e-5 * want[name].abs().max(), name
 
 
-# d^-8 is at most exp(32) up to w = 1.386
-@pytest.mark.parametrize("w", [(x, x) for x in (-10.0, -5.0, -2.0, 0.0, 0.5, 1.0, 1.38, 1.39, 2.0, 4.0)])
+# d^-8 is at most exp(32) up to w = 1.386; at -120 d is 1
+@pytest.mark.parametrize("w", [(x, x) for x in (-120.0, -18.0, -10.0, -5.0, -2.0, 0.0, 0.5, 1.0, 1.38, 1.39, 2.0, 4.0)])
 def test_every_decay_alone(w):
     check(inputs(1, 70, 1, 16, w=w))
 
